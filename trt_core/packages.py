@@ -1,0 +1,123 @@
+"""Which Torch-TensorRT belongs to the installed torch and GPU, and the line that installs it. Standard library only.
+
+`python -m trt_core.packages` prints that line for this machine.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+
+from .errors import MissingDependency
+
+STANDARD = "torch-tensorrt"
+RTX = "torch-tensorrt-rtx"
+"""Both wheels import as `torch_tensorrt`, so an environment can hold only one of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """One release of Torch-TensorRT and what its wheels are built against. `torch` is major.minor."""
+
+    torch_tensorrt: str
+    torch: str
+    tensorrt: str
+    tensorrt_rtx: str
+    cuda: str
+
+
+# From the wheels' METADATA and Torch-TensorRT's setup.py; each release pins exactly one minor version of torch.
+RELEASES = (
+    Release("2.11.0", "2.11", "10.15.1", "1.3.0", "13.0"),
+    Release("2.12.1", "2.12", "10.16.1", "1.4.0", "13"),
+    Release("2.13.0", "2.13", "11.0", "1.5.0", "13.2"),
+    Release("2.14.0", "2.14", "11.1", "1.6.1", "13"),
+)
+
+
+def installed(name: str) -> str | None:
+    """The installed version of the distribution `name`, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def is_rtx(gpu_name: str) -> bool:
+    """Whether TensorRT-RTX is made for this GPU: GeForce and RTX cards, not data-centre cards such as L40S or H100."""
+    return re.search(r"\b(RTX|GeForce)", gpu_name, re.IGNORECASE) is not None
+
+
+def torch_tensorrt_package(gpu_name: str) -> str:
+    """The distribution that fits the GPU: `torch-tensorrt-rtx` or `torch-tensorrt`."""
+    return RTX if is_rtx(gpu_name) else STANDARD
+
+
+def torch_requirement() -> str:
+    """The versions of torch that have a Torch-TensorRT, such as `torch>=2.11,<2.15`."""
+    major, minor = RELEASES[-1].torch.split(".")
+    return f"torch>={RELEASES[0].torch},<{major}.{int(minor) + 1}"
+
+
+def torch_tensorrt_requirement(torch_version: str, gpu_name: str) -> str:
+    """The pin that fits, such as `torch-tensorrt-rtx==2.11.0`; local suffixes like `+cu130` do not matter.
+
+    Raises:
+        MissingDependency: no Torch-TensorRT is released for this torch; the message lists those that have one.
+    """
+    match = re.match(r"\d+\.\d+", torch_version)
+    for release in RELEASES:
+        if match and match.group() == release.torch:
+            return f"{torch_tensorrt_package(gpu_name)}=={release.torch_tensorrt}"
+    raise MissingDependency(
+        f"There is no Torch-TensorRT for torch {torch_version}.",
+        expected=f"It exists for torch {', '.join(release.torch for release in RELEASES)}.",
+        fix="Use one of these versions of torch, or choose backend='inductor', which needs no TensorRT.",
+    )
+
+
+def install_line(*requirements: str, python: str | None = None) -> str:
+    """The command that installs `requirements` for `python` (default: the running one), to paste into a shell.
+
+    It names the installed torch too, so that pip can never replace the torch that ComfyUI runs on.
+    """
+    torch_version = installed("torch")
+    if torch_version and not any(re.match(r"torch\b(?!-)", requirement) for requirement in requirements):
+        requirements = (*requirements, f"torch=={torch_version}")
+    words = [python or sys.executable or "python", "-m", "pip", "install", *requirements]
+    return " ".join(f'"{word}"' if re.search(r"[\s<>]", word) else word for word in words)
+
+
+def _advice() -> str:
+    """What to install on this machine, or why there is nothing to install."""
+    torch_version = installed("torch")
+    if torch_version is None:
+        raise MissingDependency(
+            "torch is not installed here.", fix="Run this with the Python that ComfyUI uses."
+        )
+    import torch  # the only part that needs it: asking the GPU for its name
+
+    if not torch.cuda.is_available():
+        return f"torch {torch_version} sees no NVIDIA GPU, so TensorRT is of no use here."
+    gpu_name = torch.cuda.get_device_name()
+    requirement = torch_tensorrt_requirement(torch_version, gpu_name)
+    name, version = requirement.split("==")
+    if installed(name) == version:
+        return f"{requirement} is installed, as torch {torch_version} on {gpu_name} needs it."
+    return f"For torch {torch_version} on {gpu_name}:\n{install_line(requirement)}"
+
+
+def main() -> int:
+    """Prints the advice; exit code 1 where there is no Torch-TensorRT for the installed torch."""
+    try:
+        sys.stdout.write(_advice() + "\n")
+    except MissingDependency as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
