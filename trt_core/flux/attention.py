@@ -1,0 +1,56 @@
+"""Attention between segments: PyTorch's kernels by name, and which of them run on this GPU for these shapes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..config import Attention
+from .segments import AttentionFunction
+
+_SDP_BACKEND = {
+    Attention.CUDNN: SDPBackend.CUDNN_ATTENTION,
+    Attention.FLASH: SDPBackend.FLASH_ATTENTION,
+    Attention.EFFICIENT: SDPBackend.EFFICIENT_ATTENTION,
+    Attention.MATH: SDPBackend.MATH,
+}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention by PyTorch's own choice of kernel. q, k, v [B, L, H, D] to [B, L, H * D].
+
+    `mask` broadcasts to [B, H, L, L]: bool (True attends) or added to the logits.
+    """
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)
+
+
+def attention_function(kernel: Attention) -> AttentionFunction:
+    """Attention by one kernel, callable inside compiled code. `AUTO` leaves the choice to PyTorch."""
+    if kernel is Attention.AUTO:
+        return attend
+    backend = _SDP_BACKEND[kernel]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return attend(q, k, v)
+
+    return attention
+
+
+def runnable_kernels(dtype: torch.dtype, device: torch.device, heads: int, head_dim: int) -> list[Attention]:
+    """The kernels that this device runs for heads of this size, tried on a few tokens. `MATH` always runs."""
+    if device.type != "cuda":
+        return [Attention.MATH]
+    sample = torch.randn(1, 64, heads, head_dim, device=device, dtype=dtype)
+    return [kernel for kernel in _SDP_BACKEND if _runs(kernel, sample)]
+
+
+def _runs(kernel: Attention, sample: Tensor) -> bool:
+    try:
+        attention_function(kernel)(sample, sample, sample)
+    except RuntimeError:  # PyTorch's "No available kernel"
+        return False
+    return True

@@ -1,0 +1,161 @@
+"""The segments of one architecture: function, argument names, shapes, and which axes vary from call to call."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..config import Profile, ShapeRange
+from . import rope, segments, weights
+from .architecture import FluxArchitecture
+
+
+class Axis(Enum):
+    """An axis whose size changes from call to call."""
+
+    BATCH = "batch"
+    IMG = "img_tokens"
+    TXT = "txt_tokens"
+    ALL = "all_tokens"
+    """Text and image tokens together."""
+
+
+class SegmentName(Enum):
+    DOUBLE_QKV = "double_qkv"
+    DOUBLE_OUT = "double_out"
+    DOUBLE_BLOCK = "double_block"
+    SINGLE_QKV_MLP = "single_qkv_mlp"
+    SINGLE_OUT = "single_out"
+    SINGLE_BLOCK = "single_block"
+
+
+Dim = int | Axis
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One activation of a segment: its name, its shape, and whether it is fp32 whatever the model's dtype is."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    fp32: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A pure function of activations and weights, with all that a backend needs to compile it.
+
+    `function(*activations, *weights)` returns a tuple of tensors; `weights` are names inside a block and
+    `weight_shapes` their shapes, in the order of the function's arguments.
+    """
+
+    name: SegmentName
+    function: Callable[..., tuple[Tensor, ...]]
+    activations: tuple[Argument, ...]
+    weights: tuple[str, ...]
+    weight_shapes: tuple[tuple[int, ...], ...]
+
+    def sizes(self, batch: int, img_tokens: int, txt_tokens: int) -> list[tuple[int, ...]]:
+        """Concrete shapes of the activations for one call."""
+        size = {
+            Axis.BATCH: batch,
+            Axis.IMG: img_tokens,
+            Axis.TXT: txt_tokens,
+            Axis.ALL: img_tokens + txt_tokens,
+        }
+        return [tuple(size[d] if isinstance(d, Axis) else d for d in a.shape) for a in self.activations]
+
+    def random_inputs(
+        self, batch: int, img_tokens: int, txt_tokens: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+    ) -> list[Tensor]:
+        """Activations and weights filled with random numbers at the scale of a trained model, for building and checking."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(shape: tuple[int, ...], std: float, kind: torch.dtype) -> Tensor:
+            # Drawn in the target dtype: an fp32 draft of FLUX's linear1 alone would take 264 MB more.
+            return torch.randn(shape, generator=generator, device=device, dtype=kind).mul_(std)
+
+        sizes = self.sizes(batch, img_tokens, txt_tokens)
+        inputs = []
+        for argument, shape in zip(self.activations, sizes, strict=True):
+            if argument.name.endswith(("cos", "sin")):
+                angle = normal(shape, 3.0, torch.float32)
+                inputs.append(angle.cos() if argument.name.endswith("cos") else angle.sin())
+            else:
+                inputs.append(normal(shape, 0.3 if argument.name.endswith("mod") else 1.0, dtype))
+        for name, shape in zip(self.weights, self.weight_shapes, strict=True):
+            if name.endswith("norm.scale"):
+                inputs.append(normal(shape, 0.2, dtype).add_(1.0))
+            else:
+                inputs.append(normal(shape, shape[1] ** -0.5 if len(shape) == 2 else 0.1, dtype))
+        return inputs
+
+
+def axis_range(profile: Profile, axis: Axis) -> ShapeRange:
+    """The range of one axis in a profile; text and image ranges add up where both are on one axis."""
+    if axis is Axis.BATCH:
+        return profile.batch
+    if axis is Axis.IMG:
+        return profile.img_tokens
+    if axis is Axis.TXT:
+        return profile.txt_tokens
+    img, txt = profile.img_tokens, profile.txt_tokens
+    return ShapeRange(img.min + txt.min, img.opt + txt.opt, img.max + txt.max)
+
+
+@lru_cache(maxsize=1)
+def source_version() -> str:
+    """Digest of the code that defines the segments: part of every engine's cache key, so an edit is a miss."""
+    text = "".join(inspect.getsource(module) for module in (segments, rope))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def segment(
+    name: SegmentName, arch: FluxArchitecture, attention: segments.AttentionFunction | None = None
+) -> Segment:
+    """The named segment for one architecture. Whole blocks need the `attention` to put inside."""
+    hidden, head, mlp = arch.hidden, arch.head_dim, arch.mlp_hidden
+    img, txt = (Axis.BATCH, Axis.IMG, hidden), (Axis.BATCH, Axis.TXT, hidden)
+    x = (Axis.BATCH, Axis.ALL, hidden)
+    mods = (Argument("img_mod", (6, Axis.BATCH, hidden)), Argument("txt_mod", (6, Axis.BATCH, hidden)))
+    mod = Argument("mod", (3, Axis.BATCH, hidden))
+    double_pe = tuple(
+        Argument(f"{stream}_{part}", (axis, head // 2), fp32=True)
+        for stream, axis in (("img", Axis.IMG), ("txt", Axis.TXT))
+        for part in ("cos", "sin")
+    )
+    single_pe = (Argument("cos", (Axis.ALL, head // 2), fp32=True), Argument("sin", (Axis.ALL, head // 2), fp32=True))
+    double_in = (Argument("img", img), Argument("txt", txt), *mods, *double_pe)
+    single_in = (Argument("x", x), mod, *single_pe)
+    wide = (Axis.BATCH, Axis.ALL, 3 * hidden + mlp)
+    table = {
+        SegmentName.DOUBLE_QKV: (segments.double_qkv, double_in, weights.DOUBLE_QKV),
+        SegmentName.DOUBLE_OUT: (
+            segments.double_out,
+            (Argument("img", img), Argument("txt", txt), Argument("img_attn", img), Argument("txt_attn", txt), *mods),
+            weights.DOUBLE_OUT,
+        ),
+        SegmentName.SINGLE_QKV_MLP: (segments.single_qkv_mlp, single_in, weights.SINGLE_QKV_MLP),
+        SegmentName.SINGLE_OUT: (
+            segments.single_out,
+            (Argument("x", x), Argument("attn", x), Argument("wide", wide), mod),
+            weights.SINGLE_OUT,
+        ),
+    }
+    if attention is not None:
+        table[SegmentName.DOUBLE_BLOCK] = (
+            segments.double_block(attention), double_in, weights.DOUBLE_QKV + weights.DOUBLE_OUT,
+        )  # fmt: skip
+        table[SegmentName.SINGLE_BLOCK] = (
+            segments.single_block(attention), single_in, weights.SINGLE_QKV_MLP + weights.SINGLE_OUT,
+        )  # fmt: skip
+    function, activations, names = table[name]
+    shapes = weights.double_block_shapes(arch) | weights.single_block_shapes(arch)
+    return Segment(name, function, activations, names, tuple(shapes[n] for n in names))

@@ -1,0 +1,162 @@
+"""FLUX.1's blocks as pure functions of tensors: activations and weights in, activations out.
+
+Each function can be compiled by TensorRT or Inductor or run as it is; all have the same signature. Architecture:
+https://github.com/black-forest-labs/flux (src/flux/modules/layers.py). Modulations are inputs, because they depend only
+on timestep, guidance and pooled text: `stem.modulations` computes them once per step for all blocks.
+
+Shapes: img [B, n_img, hidden], txt [B, n_txt, hidden], x [B, n_txt + n_img, hidden], text first; q, k, v [B, L, H, D];
+a modulation is [6, B, hidden] (shift, scale, gate for attention, then for the MLP) or [3, B, hidden] (single block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .rope import rotate
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q, k, v), each [B, L, H, D], to [B, L, H * D]."""
+
+EPS = 1e-6
+
+
+def double_qkv(
+    img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor,
+    img_cos: Tensor, img_sin: Tensor, txt_cos: Tensor, txt_sin: Tensor,
+    img_qkv: Tensor, img_qkv_bias: Tensor, img_query_norm: Tensor, img_key_norm: Tensor,
+    txt_qkv: Tensor, txt_qkv_bias: Tensor, txt_query_norm: Tensor, txt_key_norm: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k, v [B, n_txt + n_img, H, D] of a double block, normalised and rotated."""
+    img_qkv_out = F.linear(modulated_norm(img, img_mod[0], img_mod[1]), img_qkv, img_qkv_bias)
+    txt_qkv_out = F.linear(modulated_norm(txt, txt_mod[0], txt_mod[1]), txt_qkv, txt_qkv_bias)
+    img_q, img_k, img_v = split_heads(img_qkv_out, img_query_norm.shape[0])
+    txt_q, txt_k, txt_v = split_heads(txt_qkv_out, img_query_norm.shape[0])
+    img_q, img_k = normed_rotated(img_q, img_k, img_query_norm, img_key_norm, img_cos, img_sin)
+    txt_q, txt_k = normed_rotated(txt_q, txt_k, txt_query_norm, txt_key_norm, txt_cos, txt_sin)
+    return torch.cat((txt_q, img_q), 1), torch.cat((txt_k, img_k), 1), torch.cat((txt_v, img_v), 1)
+
+
+def double_out(
+    img: Tensor, txt: Tensor, img_attn: Tensor, txt_attn: Tensor, img_mod: Tensor, txt_mod: Tensor,
+    img_proj: Tensor, img_proj_bias: Tensor, img_mlp_0: Tensor, img_mlp_0_bias: Tensor, img_mlp_2: Tensor,
+    img_mlp_2_bias: Tensor,
+    txt_proj: Tensor, txt_proj_bias: Tensor, txt_mlp_0: Tensor, txt_mlp_0_bias: Tensor, txt_mlp_2: Tensor,
+    txt_mlp_2_bias: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """img and txt after a double block; `img_attn` and `txt_attn` [B, n, hidden] are attention's output."""
+    img = img + gate(img_mod[2]) * F.linear(img_attn, img_proj, img_proj_bias)
+    txt = txt + gate(txt_mod[2]) * F.linear(txt_attn, txt_proj, txt_proj_bias)
+    img = img + gate(img_mod[5]) * mlp(
+        modulated_norm(img, img_mod[3], img_mod[4]), img_mlp_0, img_mlp_0_bias, img_mlp_2, img_mlp_2_bias
+    )
+    txt = txt + gate(txt_mod[5]) * mlp(
+        modulated_norm(txt, txt_mod[3], txt_mod[4]), txt_mlp_0, txt_mlp_0_bias, txt_mlp_2, txt_mlp_2_bias
+    )
+    return finite(img), finite(txt)
+
+
+def single_qkv_mlp(
+    x: Tensor, mod: Tensor, cos: Tensor, sin: Tensor,
+    linear1: Tensor, linear1_bias: Tensor, query_norm: Tensor, key_norm: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k [B, L, H, D], normalised and rotated, and `wide` [B, L, 3 * hidden + mlp_hidden], linear1's whole output.
+
+    v and the MLP's input are views of `wide` (`value_of`, `mlp_of`), so nothing is copied between the segments.
+    """
+    wide = F.linear(modulated_norm(x, mod[0], mod[1]), linear1, linear1_bias)
+    hidden = x.shape[-1]
+    q, k, _ = split_heads(wide[..., : 3 * hidden], query_norm.shape[0])
+    q, k = normed_rotated(q, k, query_norm, key_norm, cos, sin)
+    return q, k, wide
+
+
+def single_out(
+    x: Tensor, attn: Tensor, wide: Tensor, mod: Tensor, linear2: Tensor, linear2_bias: Tensor
+) -> tuple[Tensor]:
+    """x after a single block; `attn` [B, L, hidden], `wide` as `single_qkv_mlp` returned it."""
+    activated = F.gelu(mlp_of(wide, x.shape[-1]), approximate="tanh")
+    out = F.linear(torch.cat((attn, activated), -1), linear2, linear2_bias)
+    return (finite(x + gate(mod[2]) * out),)
+
+
+def double_block(attention: AttentionFunction) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A whole double block with `attention` inside: `double_qkv`, attention, `double_out`."""
+
+    def block(
+        img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor,
+        img_cos: Tensor, img_sin: Tensor, txt_cos: Tensor, txt_sin: Tensor, *weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        q, k, v = double_qkv(img, txt, img_mod, txt_mod, img_cos, img_sin, txt_cos, txt_sin, *weights[:8])
+        attn = attention(q, k, v)
+        n_txt = txt.shape[1]
+        return double_out(img, txt, attn[:, n_txt:], attn[:, :n_txt], img_mod, txt_mod, *weights[8:])
+
+    return block
+
+
+def single_block(attention: AttentionFunction) -> Callable[..., tuple[Tensor]]:
+    """A whole single block with `attention` inside: `single_qkv_mlp`, attention, `single_out`."""
+
+    def block(x: Tensor, mod: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor) -> tuple[Tensor]:
+        q, k, wide = single_qkv_mlp(x, mod, cos, sin, *weights[:4])
+        attn = attention(q, k, value_of(wide, q))
+        return single_out(x, attn, wide, mod, *weights[4:])
+
+    return block
+
+
+def value_of(wide: Tensor, q: Tensor) -> Tensor:
+    """v [B, L, H, D], a view of `wide`; `q` gives the head shape."""
+    hidden = q.shape[-2] * q.shape[-1]
+    return wide[..., 2 * hidden : 3 * hidden].unflatten(-1, (q.shape[-2], q.shape[-1]))
+
+
+def mlp_of(wide: Tensor, hidden: int) -> Tensor:
+    return wide[..., 3 * hidden :]
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm of `x` without weights, then * (1 + scale) + shift; shift and scale [B, hidden]."""
+    normed = F.layer_norm(x, (x.shape[-1],), eps=EPS)
+    return normed * (1 + scale[:, None, :]) + shift[:, None, :]
+
+
+def gate(value: Tensor) -> Tensor:
+    return value[:, None, :]
+
+
+def mlp(x: Tensor, weight_0: Tensor, bias_0: Tensor, weight_2: Tensor, bias_2: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, weight_0, bias_0), approximate="tanh"), weight_2, bias_2)
+
+
+def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused [B, L, 3 * hidden] as q, k, v [B, L, H, D]: q's rows first, then k's, then v's."""
+    q, k, v = qkv.chunk(3, dim=-1)
+    return q.unflatten(-1, (-1, head_dim)), k.unflatten(-1, (-1, head_dim)), v.unflatten(-1, (-1, head_dim))
+
+
+def normed_rotated(
+    q: Tensor, k: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """q and k after RMS norm over the head dimension and RoPE, rounded once to their dtype."""
+    return (
+        rotate(rms_norm(q, query_norm), cos, sin).to(q.dtype),
+        rotate(rms_norm(k, key_norm), cos, sin).to(k.dtype),
+    )
+
+
+def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
+    """RMS norm over the last axis. Compiled, it stays in fp32 and is fused with RoPE; eager, it is one kernel."""
+    if not torch.compiler.is_compiling():
+        return F.rms_norm(x, (x.shape[-1],), scale, eps=EPS)
+    wide = x.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * scale.float()
+
+
+def finite(x: Tensor) -> Tensor:
+    """fp16 overflows in FLUX's last double blocks (a known trait of the weights); other dtypes pass unchanged."""
+    return x.clamp(-65504, 65504) if x.dtype is torch.float16 else x
