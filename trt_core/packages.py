@@ -1,4 +1,4 @@
-"""Which Torch-TensorRT belongs to the installed torch and GPU, and the line that installs it. Standard library only.
+"""Which Torch-TensorRT belongs to the installed torch and GPU, and the line that installs it; stdlib only.
 
 `python -m trt_core.packages` prints that line for this machine.
 """
@@ -28,7 +28,7 @@ class Release:
     cuda: str
 
 
-# From the wheels' METADATA and Torch-TensorRT's setup.py; each release pins exactly one minor version of torch.
+# From the wheels' METADATA and Torch-TensorRT's setup.py; each release pins one minor version of torch.
 RELEASES = (
     Release("2.11.0", "2.11", "10.15.1", "1.3.0", "13.0"),
     Release("2.12.1", "2.12", "10.16.1", "1.4.0", "13"),
@@ -46,7 +46,7 @@ def installed(name: str) -> str | None:
 
 
 def is_rtx(gpu_name: str) -> bool:
-    """Whether TensorRT-RTX is made for this GPU: GeForce and RTX cards, not data-centre cards such as L40S or H100."""
+    """Whether TensorRT-RTX is made for this GPU: GeForce and RTX cards, not data-centre ones (H100, L40S)."""
     return re.search(r"\b(RTX|GeForce)", gpu_name, re.IGNORECASE) is not None
 
 
@@ -65,7 +65,7 @@ def torch_tensorrt_requirement(torch_version: str, gpu_name: str) -> str:
     """The pin that fits, such as `torch-tensorrt-rtx==2.11.0`; local suffixes like `+cu130` do not matter.
 
     Raises:
-        MissingDependency: no Torch-TensorRT is released for this torch; the message lists those that have one.
+        MissingDependency: no Torch-TensorRT is released for this torch; the message lists those with one.
     """
     match = re.match(r"\d+\.\d+", torch_version)
     for release in RELEASES:
@@ -79,7 +79,7 @@ def torch_tensorrt_requirement(torch_version: str, gpu_name: str) -> str:
 
 
 def install_line(*requirements: str, python: str | None = None) -> str:
-    """The command that installs `requirements` for `python` (default: the running one), to paste into a shell.
+    """The command that installs `requirements` for `python` (default: the running one), for any shell.
 
     It names the installed torch too, so that pip can never replace the torch that ComfyUI runs on.
     """
@@ -95,7 +95,7 @@ def _advice() -> str:
     torch_version = installed("torch")
     if torch_version is None:
         raise MissingDependency(
-            "torch is not installed here.", fix="Run this with the Python that ComfyUI uses."
+            "torch is not installed here.", fix="Use the Python that ComfyUI runs on."
         )
     import torch  # the only part that needs it: asking the GPU for its name
 

@@ -1,4 +1,4 @@
-"""Unit tests run on the CPU, offline, with one thread: results and times then do not depend on the machine."""
+"""Unit tests run on the CPU, offline, with one thread, so that results do not depend on the machine."""
 
 from __future__ import annotations
 
