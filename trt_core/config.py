@@ -73,7 +73,9 @@ class ShapeRange:
 
     def __post_init__(self) -> None:
         if not 0 < self.min <= self.opt <= self.max:
-            raise InvalidOption(f"A range needs 0 < min <= opt <= max, got {self.min}, {self.opt}, {self.max}.")
+            raise InvalidOption(
+                f"A range needs 0 < min <= opt <= max, got {self.min}, {self.opt}, {self.max}."
+            )
 
     def __contains__(self, size: int) -> bool:
         return self.min <= size <= self.max
@@ -108,7 +110,9 @@ class Profile:
 
     def widened(self, batch: int, img_tokens: int, txt_tokens: int) -> Profile:
         return Profile(
-            self.img_tokens.widened(img_tokens), self.txt_tokens.widened(txt_tokens), self.batch.widened(batch)
+            self.img_tokens.widened(img_tokens),
+            self.txt_tokens.widened(txt_tokens),
+            self.batch.widened(batch),
         )
 
 

@@ -94,9 +94,7 @@ def _advice() -> str:
     """What to install on this machine, or why there is nothing to install."""
     torch_version = installed("torch")
     if torch_version is None:
-        raise MissingDependency(
-            "torch is not installed here.", fix="Use the Python that ComfyUI runs on."
-        )
+        raise MissingDependency("torch is not installed here.", fix="Use the Python that ComfyUI runs on.")
     import torch  # the only part that needs it: asking the GPU for its name
 
     if not torch.cuda.is_available():

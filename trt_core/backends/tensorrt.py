@@ -41,15 +41,15 @@ def build_plan(request: Request, timing_cache: str) -> bytes:
     """Plan bytes of a segment whose activations and weights are all inputs. Raises `BuildFailed`, `OutOfMemory`."""
     started = time.perf_counter()
     try:
-        plan = tensorrt_api.serialized_engine(
-            export(request), _inputs(request), request.device, timing_cache
-        )
+        plan = tensorrt_api.serialized_engine(export(request), _inputs(request), request.device, timing_cache)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
             f"Out of GPU memory while building {request.segment.name.value}.",
             fix="Close other programs that use the GPU, or lower the profile's largest size.",
         ) from error
-    _LOG.debug("built %s: %d bytes, %.1f s", request.segment.name.value, len(plan), time.perf_counter() - started)
+    _LOG.debug(
+        "built %s: %d bytes, %.1f s", request.segment.name.value, len(plan), time.perf_counter() - started
+    )
     return plan
 
 
@@ -105,14 +105,21 @@ class TensorRTSegment:
     backend = Backend.TENSORRT
 
     def __init__(
-        self, request: Request, plan: bytes, runtime: Any, scratch: Scratch, runtime_cache: bytes | None = None
+        self,
+        request: Request,
+        plan: bytes,
+        runtime: Any,
+        scratch: Scratch,
+        runtime_cache: bytes | None = None,
     ) -> None:
         trt = tensorrt_api.load_tensorrt()
         self.plan_bytes = len(plan)
         self._segment, self._device, self._scratch = request.segment, request.device, scratch
         self._engine = runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise BuildFailed(f"TensorRT cannot read the plan of {request.segment.name.value}.", fix="Clear the cache.")
+            raise BuildFailed(
+                f"TensorRT cannot read the plan of {request.segment.name.value}.", fix="Clear the cache."
+            )
         self._context, self._runtime_cache = tensorrt_api.create_context(trt, self._engine, runtime_cache)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         is_input = {n: self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT for n in names}

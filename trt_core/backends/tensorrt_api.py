@@ -7,8 +7,6 @@ provides the package `torch_tensorrt` is `torch-tensorrt-rtx` (then TensorRT-RTX
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import importlib.util
 import logging
 import warnings
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import BuildFailed, MissingDependency
+from ..gpu import NONE, current_gpu, installed_packages, why_not_tensorrt
 
 _LOG = logging.getLogger("trt_core.tensorrt")
 
@@ -25,13 +24,9 @@ TensorRT = Any
 
 
 def flavour() -> str | None:
-    """"tensorrt_rtx", "tensorrt", or None where neither is installed. Imports nothing."""
-    names = importlib.metadata.packages_distributions().get("torch_tensorrt", [])
-    rtx_first = any(name.replace("_", "-").lower() == "torch-tensorrt-rtx" for name in names)
-    for package in ("tensorrt_rtx", "tensorrt") if rtx_first else ("tensorrt", "tensorrt_rtx"):
-        if importlib.util.find_spec(package) is not None:
-            return package
-    return None
+    """ "tensorrt_rtx", "tensorrt", or None where neither is installed. Imports nothing."""
+    found = installed_packages()
+    return found["tensorrt_flavour"] if found["tensorrt"] != NONE else None
 
 
 def is_rtx() -> bool:
@@ -46,18 +41,9 @@ def load_tensorrt() -> TensorRT:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
-        raise MissingDependency(f"{name} is installed but does not load: {error}", fix=_install_fix()) from error
-
-
-def why_not_tensorrt(device: torch.device) -> str | None:
-    """The reason why TensorRT segments cannot be built here, or None."""
-    if device.type != "cuda":
-        return "TensorRT needs an NVIDIA GPU"
-    if importlib.util.find_spec("torch_tensorrt") is None:
-        return f"torch_tensorrt is not installed ({_install_fix()})"
-    if flavour() is None:
-        return f"TensorRT is not installed ({_install_fix()})"
-    return None
+        raise MissingDependency(
+            f"{name} is installed but does not load: {error}", fix=_install_fix()
+        ) from error
 
 
 def new_logger(trt: TensorRT) -> Any:
@@ -68,7 +54,11 @@ def new_logger(trt: TensorRT) -> Any:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            level = logging.WARNING if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) else logging.DEBUG
+            level = (
+                logging.WARNING
+                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
+                else logging.DEBUG
+            )
             _LOG.log(level, message)
 
     return Forward()
@@ -100,7 +90,9 @@ def serialized_engine(
             raise BuildFailed(f"TensorRT could not build the engine: {error}") from error
 
 
-def dynamic_input(low: Sequence[int], opt: Sequence[int], high: Sequence[int], dtype: torch.dtype, name: str) -> Any:
+def dynamic_input(
+    low: Sequence[int], opt: Sequence[int], high: Sequence[int], dtype: torch.dtype, name: str
+) -> Any:
     """A `torch_tensorrt.Input` with a range, or a fixed shape where the three are equal."""
     import torch_tensorrt
 
@@ -131,8 +123,5 @@ def create_context(trt: TensorRT, engine: Any, runtime_cache: bytes | None) -> t
 
 
 def _install_fix() -> str:
-    from ..gpu import current_gpu
-    from ..packages import install_line
-
     gpu = current_gpu()
-    return install_line(torch.__version__, gpu.name if gpu else "")
+    return why_not_tensorrt(gpu) or "Reinstall Torch-TensorRT."

@@ -115,7 +115,9 @@ def _depth(shapes: Shapes, kind: str) -> int:
     indices = {int(m[2]) for name in shapes if (m := _BLOCK.match(name)) and m[1] == kind}
     if indices != set(range(len(indices))):
         gap = min(set(range(max(indices) + 1)) - indices)
-        raise UnsupportedModel(f"{kind}.{gap} is missing from the weights.", fix="Load a complete checkpoint.")
+        raise UnsupportedModel(
+            f"{kind}.{gap} is missing from the weights.", fix="Load a complete checkpoint."
+        )
     return len(indices)
 
 
@@ -123,7 +125,9 @@ def _head_dim(shapes: Shapes) -> int:
     for name in ("double_blocks.0.img_attn.norm.query_norm.scale", "single_blocks.0.norm.query_norm.scale"):
         if name in shapes:
             return shapes[name][0]
-    raise UnsupportedModel("The weights have no block with q/k norms.", expected="FLUX.1 has them in every block.")
+    raise UnsupportedModel(
+        "The weights have no block with q/k norms.", expected="FLUX.1 has them in every block."
+    )
 
 
 def _mlp_hidden(shapes: Shapes, hidden: int) -> int:

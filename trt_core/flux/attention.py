@@ -23,7 +23,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
     `mask` broadcasts to [B, H, L, L]: bool (True attends) or added to the logits.
     """
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+    )
     return out.transpose(1, 2).flatten(2)
 
 
@@ -41,9 +43,9 @@ def attention_function(kernel: Attention) -> AttentionFunction:
 
 
 def runnable_kernels(dtype: torch.dtype, device: torch.device, heads: int, head_dim: int) -> list[Attention]:
-    """The kernels that this device runs for heads of this size, tried on a few tokens. `MATH` always runs."""
+    """The kernels that this device runs for heads of this size, tried on a few tokens. A CPU has one: `AUTO`."""
     if device.type != "cuda":
-        return [Attention.MATH]
+        return [Attention.AUTO]
     sample = torch.randn(1, 64, heads, head_dim, device=device, dtype=dtype)
     return [kernel for kernel in _SDP_BACKEND if _runs(kernel, sample)]
 

@@ -73,7 +73,13 @@ class Segment:
         return [tuple(size[d] if isinstance(d, Axis) else d for d in a.shape) for a in self.activations]
 
     def random_inputs(
-        self, batch: int, img_tokens: int, txt_tokens: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+        self,
+        batch: int,
+        img_tokens: int,
+        txt_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int = 0,
     ) -> list[Tensor]:
         """Activations and weights filled with random numbers at the scale of a trained model, for building and checking."""
         generator = torch.Generator(device).manual_seed(seed)
@@ -131,7 +137,10 @@ def segment(
         for stream, axis in (("img", Axis.IMG), ("txt", Axis.TXT))
         for part in ("cos", "sin")
     )
-    single_pe = (Argument("cos", (Axis.ALL, head // 2), fp32=True), Argument("sin", (Axis.ALL, head // 2), fp32=True))
+    single_pe = (
+        Argument("cos", (Axis.ALL, head // 2), fp32=True),
+        Argument("sin", (Axis.ALL, head // 2), fp32=True),
+    )
     double_in = (Argument("img", img), Argument("txt", txt), *mods, *double_pe)
     single_in = (Argument("x", x), mod, *single_pe)
     wide = (Axis.BATCH, Axis.ALL, 3 * hidden + mlp)
@@ -139,7 +148,13 @@ def segment(
         SegmentName.DOUBLE_QKV: (segments.double_qkv, double_in, weights.DOUBLE_QKV),
         SegmentName.DOUBLE_OUT: (
             segments.double_out,
-            (Argument("img", img), Argument("txt", txt), Argument("img_attn", img), Argument("txt_attn", txt), *mods),
+            (
+                Argument("img", img),
+                Argument("txt", txt),
+                Argument("img_attn", img),
+                Argument("txt_attn", txt),
+                *mods,
+            ),
             weights.DOUBLE_OUT,
         ),
         SegmentName.SINGLE_QKV_MLP: (segments.single_qkv_mlp, single_in, weights.SINGLE_QKV_MLP),

@@ -9,7 +9,14 @@ from ..errors import UnsupportedModel
 from .architecture import FluxArchitecture
 
 _STREAM_QKV = ("attn.qkv.weight", "attn.qkv.bias", "attn.norm.query_norm.scale", "attn.norm.key_norm.scale")
-_STREAM_OUT = ("attn.proj.weight", "attn.proj.bias", "mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias")
+_STREAM_OUT = (
+    "attn.proj.weight",
+    "attn.proj.bias",
+    "mlp.0.weight",
+    "mlp.0.bias",
+    "mlp.2.weight",
+    "mlp.2.bias",
+)
 
 DOUBLE_QKV = tuple(f"{stream}_{name}" for stream in ("img", "txt") for name in _STREAM_QKV)
 DOUBLE_OUT = tuple(f"{stream}_{name}" for stream in ("img", "txt") for name in _STREAM_OUT)
@@ -65,7 +72,8 @@ def check_complete(arch: FluxArchitecture, shapes: Mapping[str, tuple[int, ...]]
     missing = [name for name in expected if name not in shapes]
     if missing:
         raise UnsupportedModel(
-            f"{len(missing)} weights are missing, the first is {missing[0]}.", fix="Load a complete checkpoint."
+            f"{len(missing)} weights are missing, the first is {missing[0]}.",
+            fix="Load a complete checkpoint.",
         )
     extra = [name for name in shapes if name not in expected]
     if extra:
@@ -127,7 +135,10 @@ def _sources(arch: FluxArchitecture) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield f"double_blocks.{index}.{ours}", tuple(f"transformer_blocks.{index}.{t}" for t in theirs)
     for index in range(arch.single_depth):
         for ours, theirs in _SINGLE_SOURCES:
-            yield f"single_blocks.{index}.{ours}", tuple(f"single_transformer_blocks.{index}.{t}" for t in theirs)
+            yield (
+                f"single_blocks.{index}.{ours}",
+                tuple(f"single_transformer_blocks.{index}.{t}" for t in theirs),
+            )
 
 
 _DOUBLE_SOURCES = (
@@ -164,8 +175,12 @@ def _norms(name: str, head_dim: int) -> dict[str, tuple[int, ...]]:
 
 
 def _stem_shapes(arch: FluxArchitecture) -> Iterator[tuple[str, tuple[int, ...]]]:
-    shapes = _linear("img_in", arch.hidden, arch.in_channels) | _linear("txt_in", arch.hidden, arch.context_dim)
-    embedders = [("time_in", 256), ("vector_in", arch.vec_dim)] + ([("guidance_in", 256)] if arch.guidance else [])
+    shapes = _linear("img_in", arch.hidden, arch.in_channels) | _linear(
+        "txt_in", arch.hidden, arch.context_dim
+    )
+    embedders = [("time_in", 256), ("vector_in", arch.vec_dim)] + (
+        [("guidance_in", 256)] if arch.guidance else []
+    )
     for name, width in embedders:
         shapes |= _linear(f"{name}.in_layer", arch.hidden, width)
         shapes |= _linear(f"{name}.out_layer", arch.hidden, arch.hidden)

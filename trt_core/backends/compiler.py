@@ -1,0 +1,129 @@
+"""Compiles one segment at a time: from the engine cache where it is there, checked against PyTorch before use."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..background import Stopwatch, run_cancellable
+from ..config import Attention, Backend, Profile
+from ..engine_cache import EngineCache, EngineKey
+from ..errors import BuildFailed, CacheError
+from ..flux.architecture import FluxArchitecture
+from ..flux.attention import attend, attention_function
+from ..flux.catalogue import SegmentName, segment, source_version
+from ..host import Progress
+from . import tensorrt_api
+from .base import CompiledSegment, Request
+from .check import check
+from .eager import EagerSegment
+from .inductor import InductorSegment
+from .tensorrt import Scratch, TensorRTSegment
+from .tensorrt_worker import describe
+
+_LOG = logging.getLogger("trt_core.build")
+_PLAN_FILE, _RUNTIME_CACHE_FILE = "engine.trt", "runtime_cache.bin"
+
+
+@functools.cache
+def tensorrt_runtime() -> Any:
+    """TensorRT's runtime, one for the process as TensorRT wants it."""
+    trt = tensorrt_api.load_tensorrt()
+    return trt.Runtime(tensorrt_api.new_logger(trt))
+
+
+@dataclass(slots=True)
+class SegmentCompiler:
+    """Compiles segments of one architecture, dtype, device and profile, and keeps TensorRT's plans in the cache."""
+
+    arch: FluxArchitecture
+    dtype: torch.dtype
+    device: torch.device
+    profile: Profile
+    cache: EngineCache
+    error_ratio_bound: float
+    progress: Progress
+    scratch: Scratch = field(init=False)
+    error_ratios: dict[tuple[SegmentName, Backend], float] = field(default_factory=dict)
+    build_seconds: dict[tuple[SegmentName, Backend], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.scratch = Scratch(self.device)
+
+    def request(self, name: SegmentName, attention: Attention | None = None) -> Request:
+        """`attention` None: PyTorch's general attention, which TensorRT turns into its own."""
+        function = attend if attention is None else attention_function(attention)
+        return Request(segment(name, self.arch, function), self.dtype, self.device, self.profile)
+
+    def timing_cache(self) -> Path:
+        """A file for TensorRT's tactic timings: per cache folder, because Torch-TensorRT's own default is one for all GPUs."""
+        return self.cache.folder / f"timing_{torch.cuda.get_device_name(self.device).replace(' ', '_')}.bin"
+
+    def compile(self, name: SegmentName, backend: Backend, attention: Attention) -> CompiledSegment:
+        """An Inductor or eager segment, checked. TensorRT plans are built by `Builders` and come in by `from_plan`."""
+        watch = Stopwatch()
+        request = self.request(name, attention)
+        compiled = EagerSegment(request) if backend is Backend.EAGER else InductorSegment(request)
+        if backend is Backend.INDUCTOR:
+            stage = f"Inductor compiles {name.value}"
+            ratio = run_cancellable(
+                lambda: check(compiled, request, self.error_ratio_bound), self.progress, stage
+            )
+            self._note(name, backend, ratio, watch.seconds())
+        return compiled
+
+    def from_cache(self, name: SegmentName) -> TensorRTSegment | None:
+        """The TensorRT segment whose engine is cached, checked; None on a miss or where the engine is bad."""
+        entry = self.cache.get(self._key(name))
+        if entry is None:
+            return None
+        watch = Stopwatch()
+        runtime_cache = entry.read(_RUNTIME_CACHE_FILE) if _RUNTIME_CACHE_FILE in entry else None
+        try:
+            return self._load(name, entry.read(_PLAN_FILE), runtime_cache, watch)
+        except (BuildFailed, CacheError) as error:
+            _LOG.warning("The cached engine of %s is built again: %s", name.value, error)
+            return None
+
+    def from_plan(self, name: SegmentName, plan: bytes) -> TensorRTSegment:
+        """The TensorRT segment of a new plan: checked first, then stored. Raises `BuildFailed` for a bad one."""
+        compiled = self._load(name, plan, None, Stopwatch())
+        files = {_PLAN_FILE: plan}
+        if runtime_cache := compiled.runtime_cache():
+            files[_RUNTIME_CACHE_FILE] = runtime_cache
+        info = {
+            "segment": name.value,
+            "img_tokens": f"{self.profile.img_tokens.min}-{self.profile.img_tokens.max}",
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        try:
+            self.cache.put(self._key(name), files, info)
+        except CacheError as error:
+            _LOG.warning("The engine of %s works but is not kept: %s", name.value, error)
+        return compiled
+
+    def _load(
+        self, name: SegmentName, plan: bytes, runtime_cache: bytes | None, watch: Stopwatch
+    ) -> TensorRTSegment:
+        request = self.request(name)
+        compiled = TensorRTSegment(request, plan, tensorrt_runtime(), self.scratch, runtime_cache)
+        ratio = check(compiled, request, self.error_ratio_bound)
+        self._note(name, Backend.TENSORRT, ratio, watch.seconds())
+        return compiled
+
+    def _key(self, name: SegmentName) -> EngineKey:
+        fields = {**describe(self.request(name), self.arch), "source": source_version(), "weights": "inputs"}
+        # Depths and the numbers around the blocks do not change an engine: schnell, dev and Fill share theirs.
+        for irrelevant in ("double_depth", "single_depth", "in_channels", "out_channels", "context_dim", "vec_dim",
+                           "guidance", "theta", "axes_dim"):  # fmt: skip
+            fields["architecture"].pop(irrelevant)
+        return EngineKey("segment", fields)
+
+    def _note(self, name: SegmentName, backend: Backend, ratio: float, seconds: float) -> None:
+        self.error_ratios[name, backend] = ratio
+        self.build_seconds[name, backend] = self.build_seconds.get((name, backend), 0.0) + seconds

@@ -1,0 +1,65 @@
+"""A process of its own that builds engines: reads one JSON request per line, writes one JSON answer per line.
+
+Why a process: importing torch_tensorrt and building hold Python's lock for many seconds, a build cannot be interrupted
+from within, and a crash of the builder would take the artist's program with it. Killing this process cancels a build at
+once and gives all of its memory back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import Profile, ShapeRange
+from ..errors import TRTError
+from ..flux.architecture import FluxArchitecture
+from ..flux.attention import attend
+from ..flux.catalogue import SegmentName, segment
+from .base import Request
+from .tensorrt import build_plan
+
+
+def describe(request: Request, arch: FluxArchitecture) -> dict[str, Any]:
+    """A request as JSON: everything that defines the engine, which is also what its cache key holds."""
+    return {
+        "segment": request.segment.name.value,
+        "architecture": asdict(arch),
+        "dtype": str(request.dtype).removeprefix("torch."),
+        "profile": asdict(request.profile),
+    }
+
+
+def parse(fields: dict[str, Any], device: torch.device) -> Request:
+    arch = FluxArchitecture(
+        **{**fields["architecture"], "axes_dim": tuple(fields["architecture"]["axes_dim"])}
+    )
+    profile = Profile(**{axis: ShapeRange(**bounds) for axis, bounds in fields["profile"].items()})
+    built = segment(SegmentName(fields["segment"]), arch, attend)
+    return Request(built, getattr(torch, fields["dtype"]), device, profile)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print to standard output; only answers may go there
+    # torch_tensorrt imports ModelOpt where it finds it, which costs seconds and serves FP8 only. This process builds
+    # nothing that needs it.
+    sys.modules["modelopt"] = None  # type: ignore[assignment]
+    for line in sys.stdin:
+        answers.write(json.dumps(_answer(json.loads(line))) + "\n")
+        answers.flush()
+
+
+def _answer(job: dict[str, Any]) -> dict[str, Any]:
+    device = torch.device("cuda", job["device"])
+    try:
+        plan = build_plan(parse(job["request"], device), job["timing_cache"])
+    except TRTError as error:
+        return {"id": job["id"], "error": type(error).__name__, "what": error.what, "fix": error.fix}
+    Path(job["output"]).write_bytes(plan)
+    return {"id": job["id"], "bytes": len(plan)}

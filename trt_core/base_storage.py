@@ -1,0 +1,116 @@
+"""Keeps the unchanged weights of LoRA-touched layers: on the GPU where there is room, else in pinned host memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .config import BaseWeights
+from .errors import OutOfMemory
+
+_LOG = logging.getLogger("trt_core.weights")
+
+GPU_RESERVE_BYTES = 3 * 2**30
+"""Left free on the GPU when base weights go there: activations, VAE decode, and the fp32 sum of the largest layer."""
+_SLAB_BYTES = 2**30
+"""Host memory is pinned in slabs of a power of two, because PyTorch's pinned allocator rounds every block up to one:
+a 132 MB weight by itself would take 256 MB."""
+
+
+class BaseStorage:
+    """Copies of base weights by name. `mode` says where new ones go; `AUTO` looks at free GPU memory each time."""
+
+    def __init__(self, mode: BaseWeights, device: torch.device) -> None:
+        self._mode, self._device = mode, device
+        self._gpu: dict[str, Tensor] = {}
+        self._host: dict[str, Tensor] = {}
+        self._slab: Tensor | None = None
+        self._slab_used = 0
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._gpu or name in self._host
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The base weight, on the GPU or in pinned host memory."""
+        return self._gpu[name] if name in self._gpu else self._host[name]
+
+    def keep(self, weights: Mapping[str, Tensor]) -> None:
+        """Copies these weights before they are changed; all or none. Raises `OutOfMemory`."""
+        new = {name: tensor for name, tensor in weights.items() if name not in self}
+        needed = sum(t.numel() * t.element_size() for t in new.values())
+        if not new:
+            return
+        if self._where(needed) is BaseWeights.GPU:
+            self._keep_on_gpu(new)
+        else:
+            self._keep_on_host(new)
+
+    def give_back(self, name: str) -> None:
+        """The weight is unchanged again: GPU copies are dropped, host copies stay for the next LoRA (pinning is slow)."""
+        self._gpu.pop(name, None)
+
+    def forget(self) -> None:
+        """Drops every copy; the weights they belong to are gone or were replaced."""
+        self._gpu.clear()
+        self._host.clear()
+        self._slab, self._slab_used = None, 0
+
+    @property
+    def gpu_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._gpu.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._host.values())
+
+    def _where(self, needed_bytes: int) -> BaseWeights:
+        if self._mode is not BaseWeights.AUTO or self._device.type != "cuda":
+            return self._mode if self._device.type == "cuda" else BaseWeights.GPU
+        free, _ = torch.cuda.mem_get_info(self._device)
+        reusable = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        fits = free + reusable >= needed_bytes + GPU_RESERVE_BYTES
+        _LOG.debug("base weights: %d bytes needed, %d free on the GPU", needed_bytes, free + reusable)
+        return BaseWeights.GPU if fits else BaseWeights.HOST
+
+    def _keep_on_gpu(self, weights: Mapping[str, Tensor]) -> None:
+        try:
+            copies = {name: tensor.clone() for name, tensor in weights.items()}
+        except torch.OutOfMemoryError as error:
+            if self._mode is BaseWeights.AUTO:
+                self._keep_on_host(weights)
+                return
+            raise OutOfMemory(
+                "The base weights do not fit on the GPU beside the bound ones.",
+                fix='Use base_weights="host" or "auto".',
+                widget="base_weights",
+            ) from error
+        self._gpu.update(copies)
+
+    def _keep_on_host(self, weights: Mapping[str, Tensor]) -> None:
+        copies = {}
+        for name, tensor in weights.items():
+            copies[name] = self._host_space(tensor).copy_(tensor, non_blocking=True)
+        torch.cuda.synchronize(self._device)
+        self._host.update(copies)
+
+    def _host_space(self, like: Tensor) -> Tensor:
+        size = like.numel() * like.element_size()
+        start = -(-self._slab_used // 256) * 256
+        if self._slab is None or start + size > self._slab.numel():
+            self._slab, start = _pinned(max(_SLAB_BYTES, size)), 0
+        self._slab_used = start + size
+        return self._slab[start : start + size].view(like.dtype).view(like.shape)
+
+
+def _pinned(size_bytes: int) -> Tensor:
+    try:
+        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        raise OutOfMemory(
+            f"{size_bytes / 2**30:.1f} GiB of host memory for base weights could not be pinned.",
+            fix='Close other programs, or use base_weights="gpu" where the GPU has room.',
+            widget="base_weights",
+        ) from error

@@ -1,0 +1,118 @@
+"""Runs one block the way its plan says: compiled segments with attention between them or inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from .backends.base import CompiledSegment
+from .errors import BuildFailed
+from .flux.attention import attend
+from .flux.segments import AttentionFunction, value_of
+from .flux.weights import DOUBLE_QKV, SINGLE_QKV_MLP
+
+
+@dataclass(frozen=True, slots=True)
+class Pe:
+    """RoPE's cos and sin, [tokens, head_dim / 2] in fp32: for all tokens, and views for text and image alone."""
+
+    cos: Tensor
+    sin: Tensor
+    txt_tokens: int
+
+    @property
+    def double(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """img_cos, img_sin, txt_cos, txt_sin, as the double block's segments take them."""
+        n = self.txt_tokens
+        return self.cos[n:], self.sin[n:], self.cos[:n], self.sin[:n]
+
+
+class DoubleBlock(Protocol):
+    """(img, txt, img_mod, txt_mod, pe, weights) to (img, txt); weights in the order DOUBLE_QKV + DOUBLE_OUT."""
+
+    takes_mask: bool
+
+    def __call__(
+        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, pe: Pe, weights: Sequence[Tensor],
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+class SingleBlock(Protocol):
+    """(x, mod, pe, weights) to x; weights in the order SINGLE_QKV_MLP + SINGLE_OUT."""
+
+    takes_mask: bool
+
+    def __call__(
+        self, x: Tensor, mod: Tensor, pe: Pe, weights: Sequence[Tensor], mask: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class SplitDouble:
+    takes_mask = True
+
+    def __init__(self, qkv: CompiledSegment, out: CompiledSegment, attention: AttentionFunction) -> None:
+        self._qkv, self._out, self._attention = qkv, out, attention
+
+    def __call__(
+        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, pe: Pe, weights: Sequence[Tensor],
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        cut = len(DOUBLE_QKV)
+        q, k, v = self._qkv(img, txt, img_mod, txt_mod, *pe.double, *weights[:cut])
+        attn = self._attention(q, k, v) if mask is None else attend(q, k, v, mask)
+        n = txt.shape[1]
+        img, txt = self._out(img, txt, attn[:, n:], attn[:, :n], img_mod, txt_mod, *weights[cut:])
+        return img, txt
+
+
+class SplitSingle:
+    takes_mask = True
+
+    def __init__(self, qkv_mlp: CompiledSegment, out: CompiledSegment, attention: AttentionFunction) -> None:
+        self._qkv_mlp, self._out, self._attention = qkv_mlp, out, attention
+
+    def __call__(
+        self, x: Tensor, mod: Tensor, pe: Pe, weights: Sequence[Tensor], mask: Tensor | None = None
+    ) -> Tensor:
+        cut = len(SINGLE_QKV_MLP)
+        q, k, wide = self._qkv_mlp(x, mod, pe.cos, pe.sin, *weights[:cut])
+        v = value_of(wide, q)
+        attn = self._attention(q, k, v) if mask is None else attend(q, k, v, mask)
+        return self._out(x, attn, wide, mod, *weights[cut:])[0]
+
+
+class WholeDouble:
+    takes_mask = False
+
+    def __init__(self, block: CompiledSegment) -> None:
+        self._block = block
+
+    def __call__(
+        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, pe: Pe, weights: Sequence[Tensor],
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        _refuse_mask(mask)
+        img, txt = self._block(img, txt, img_mod, txt_mod, *pe.double, *weights)
+        return img, txt
+
+
+class WholeSingle:
+    takes_mask = False
+
+    def __init__(self, block: CompiledSegment) -> None:
+        self._block = block
+
+    def __call__(
+        self, x: Tensor, mod: Tensor, pe: Pe, weights: Sequence[Tensor], mask: Tensor | None = None
+    ) -> Tensor:
+        _refuse_mask(mask)
+        return self._block(x, mod, pe.cos, pe.sin, *weights)[0]
+
+
+def _refuse_mask(mask: Tensor | None) -> None:
+    if mask is not None:
+        raise BuildFailed("This block was compiled with attention inside and takes no attention mask.")

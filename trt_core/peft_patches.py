@@ -1,0 +1,123 @@
+"""Reads what PEFT's adapter layers would do to their base weights, as patches with a signature."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .diffusers_binding import Slot
+from .lora.changes import Change, Difference, Dora, DoraRule, LowRank, Patch
+from .weights import WeightPatches
+
+_MERGEABLE_VARIANTS = {"DoraLinearVariant"}
+
+
+@dataclass(slots=True)
+class PeftPatches:
+    """Patches by BFL weight name, and why a place cannot be merged (by BFL name), for the block that runs eagerly."""
+
+    weights: dict[str, WeightPatches] = field(default_factory=dict)
+    unmergeable: dict[str, str] = field(default_factory=dict)
+
+
+def read_patches(slots: Iterable[Slot], epoch: int) -> PeftPatches:
+    """What the active adapters of these places do. `epoch` is part of every signature: raised where adapters may have
+    been changed in place, it makes the next refit merge them anew."""
+    result = PeftPatches()
+    collected: dict[str, tuple[list[Hashable], list[tuple[Patch, float]]]] = {}
+    for slot in slots:
+        layer = slot.module()
+        if "base_layer" not in layer._modules or not hasattr(layer, "active_adapters"):
+            continue
+        reason = why_not_mergeable(layer)
+        if reason:
+            result.unmergeable[slot.name] = reason
+            continue
+        signature, changes = _bias_changes(layer) if slot.kind == "bias" else _weight_changes(layer)
+        if changes:
+            marks, patches = collected.setdefault(slot.name, ([epoch], []))
+            marks.append((slot.rows, signature))
+            patches.extend((Patch(slot.name, slot.rows, change), 1.0) for change in changes)
+    result.weights = {n: WeightPatches(tuple(marks), tuple(p)) for n, (marks, p) in collected.items()}
+    return result
+
+
+def why_not_mergeable(layer: nn.Module) -> str | None:
+    """The reason why this adapter layer cannot be merged exactly, or None."""
+    variants = getattr(layer, "lora_variant", {})
+    for adapter in _active(layer):
+        if adapter in variants and _variant_name(variants[adapter]) not in _MERGEABLE_VARIANTS:
+            return f"its adapter {adapter!r} is a {_variant_name(variants[adapter])}, which is not a change of the weight"
+        if not hasattr(layer, "lora_A") and not hasattr(layer, "get_delta_weight"):
+            return f"its adapter layer {type(layer).__name__} is unknown here"
+    return None
+
+
+def _weight_changes(layer: nn.Module) -> tuple[Hashable, list[Change]]:
+    signature, changes = [], []
+    for adapter in _active(layer):
+        if not hasattr(layer, "lora_A"):
+            change: Change | None = _delta_change(layer, adapter)
+        else:
+            change = _lora_change(layer, adapter)
+        if change is not None:
+            changes.append(change)
+            signature.append((adapter, *_marks(layer, adapter)))
+    return tuple(signature), changes
+
+
+def _lora_change(layer: nn.Module, adapter: str) -> Change | None:
+    if adapter not in layer.lora_A:
+        return None
+    low_rank = LowRank(
+        layer.lora_A[adapter].weight.detach(),
+        layer.lora_B[adapter].weight.detach(),
+        float(layer.scaling[adapter]),
+    )
+    magnitudes = getattr(layer, "lora_magnitude_vector", {})
+    if adapter in magnitudes:
+        return Dora(low_rank, magnitudes[adapter].weight.detach(), DoraRule.PEFT)
+    return low_rank
+
+
+def _delta_change(layer: nn.Module, adapter: str) -> Change | None:
+    """LoHa, LoKr and PEFT's other additive adapters: PEFT itself computes the difference, its scale included."""
+    if not any(adapter in getattr(layer, name, {}) for name in layer.adapter_layer_names):
+        return None
+    return Difference(layer.get_delta_weight(adapter).detach())
+
+
+def _bias_changes(layer: nn.Module) -> tuple[Hashable, list[Change]]:
+    """`lora_bias`: PEFT adds lora_B's bias, scaled, to the layer's."""
+    signature, changes = [], []
+    for adapter in _active(layer):
+        if getattr(layer, "lora_bias", {}).get(adapter) and adapter in layer.lora_B:
+            changes.append(Difference(layer.lora_B[adapter].bias.detach(), float(layer.scaling[adapter])))
+            signature.append((adapter, *_marks(layer, adapter)))
+    return tuple(signature), changes
+
+
+def _active(layer: nn.Module) -> list[str]:
+    """Adapters that PEFT applies at run time: none where they are disabled, or merged into the base already."""
+    if layer.disable_adapters or layer.merged_adapters:
+        return []
+    return list(layer.active_adapters)
+
+
+def _marks(layer: nn.Module, adapter: str) -> tuple[Hashable, ...]:
+    """Scale, addresses and version counters of an adapter's tensors. The applied patches keep those tensors alive, so
+    no other tensor can come to lie at the same address while they are compared."""
+    tensors: list[Tensor] = []
+    for name in layer.adapter_layer_names:
+        holder = getattr(layer, name, {})
+        if adapter in holder:
+            found = holder[adapter]
+            tensors += [found] if isinstance(found, Tensor) else list(found.parameters())
+    scale = getattr(layer, "scaling", {}).get(adapter)
+    return (scale, *((t.data_ptr(), t._version) for t in tensors))
+
+
+def _variant_name(variant: object) -> str:
+    return variant.__name__ if isinstance(variant, type) else type(variant).__name__

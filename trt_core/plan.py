@@ -1,0 +1,175 @@
+"""The plan of execution: which backend runs which segment, chosen from measurements. Pure: nothing is built here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+from .config import Attention, Backend, Layout, Profile, ShapeRange
+from .errors import BuildFailed
+from .flux.catalogue import SegmentName
+
+
+class BlockKind(Enum):
+    DOUBLE = "double"
+    SINGLE = "single"
+
+
+SPLIT_SEGMENTS: Mapping[BlockKind, tuple[SegmentName, SegmentName]] = {
+    BlockKind.DOUBLE: (SegmentName.DOUBLE_QKV, SegmentName.DOUBLE_OUT),
+    BlockKind.SINGLE: (SegmentName.SINGLE_QKV_MLP, SegmentName.SINGLE_OUT),
+}
+WHOLE_SEGMENT: Mapping[BlockKind, SegmentName] = {
+    BlockKind.DOUBLE: SegmentName.DOUBLE_BLOCK,
+    BlockKind.SINGLE: SegmentName.SINGLE_BLOCK,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BlockChoice:
+    """How every block of one kind runs: its segments and their backends, and attention's kernel.
+
+    `attention` lies between the segments of a split block and inside a whole one; TensorRT has its own inside.
+    """
+
+    kind: BlockKind
+    layout: Layout
+    backends: tuple[Backend, ...]
+    attention: Attention
+
+    @property
+    def segments(self) -> tuple[SegmentName, ...]:
+        return SPLIT_SEGMENTS[self.kind] if self.layout is Layout.SPLIT else (WHOLE_SEGMENT[self.kind],)
+
+    def words(self) -> str:
+        """ "split tensorrt + inductor, cudnn attention", for log and node."""
+        inside = (
+            "TensorRT"
+            if self.layout is Layout.WHOLE and Backend.TENSORRT in self.backends
+            else self.attention.value
+        )
+        return f"{self.layout.value} {' + '.join(b.value for b in self.backends)}, {inside} attention"
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One candidate segment (or attention kernel): its time, its error against eager, or why it was left out."""
+
+    what: str
+    backend: str
+    milliseconds: float | None = None
+    error_ratio: float | None = None
+    left_out: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The choice for both kinds of block, the profile it holds for, and what it was chosen from."""
+
+    double: BlockChoice
+    single: BlockChoice
+    profile: Profile
+    measurements: tuple[Measurement, ...] = ()
+
+    def choice(self, kind: BlockKind) -> BlockChoice:
+        return self.double if kind is BlockKind.DOUBLE else self.single
+
+    def needed(self) -> list[tuple[SegmentName, Backend, Attention]]:
+        return [
+            (name, backend, choice.attention)
+            for choice in (self.double, self.single)
+            for name, backend in zip(choice.segments, choice.backends, strict=True)
+        ]
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), default=lambda member: member.value, indent=1).encode()
+
+    @property
+    def uses_profile(self) -> bool:
+        """Whether shapes outside the profile need a rebuild: only TensorRT's engines are bound to it."""
+        return Backend.TENSORRT in (*self.double.backends, *self.single.backends)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Plan:
+        """Raises `ValueError`, `KeyError` or `TypeError` for anything that is no plan of this version."""
+        fields = json.loads(data)
+        return cls(
+            double=_choice(fields["double"]),
+            single=_choice(fields["single"]),
+            profile=Profile(**{axis: ShapeRange(**bounds) for axis, bounds in fields["profile"].items()}),
+            measurements=tuple(Measurement(**m) for m in fields["measurements"]),
+        )
+
+
+def _choice(fields: Mapping[str, Any]) -> BlockChoice:
+    return BlockChoice(
+        BlockKind(fields["kind"]),
+        Layout(fields["layout"]),
+        tuple(Backend(b) for b in fields["backends"]),
+        Attention(fields["attention"]),
+    )
+
+
+def choose(
+    kind: BlockKind,
+    measured: Mapping[tuple[SegmentName, Backend], float],
+    attention: Attention,
+    attention_ms: float,
+) -> tuple[BlockChoice, float]:
+    """The fastest way to run a block and its milliseconds, from what was measured for each segment and backend.
+
+    A split block takes the fastest backend for each half, plus attention between them.
+    """
+    options: list[tuple[float, BlockChoice]] = []
+    whole = WHOLE_SEGMENT[kind]
+    for (name, backend), ms in measured.items():
+        if name is whole:
+            options.append((ms, BlockChoice(kind, Layout.WHOLE, (backend,), attention)))
+    halves = [_fastest(name, measured) for name in SPLIT_SEGMENTS[kind]]
+    if all(halves):
+        total = attention_ms + sum(ms for ms, _ in halves if ms is not None)
+        options.append((total, BlockChoice(kind, Layout.SPLIT, tuple(b for _, b in halves), attention)))
+    if not options:
+        raise BuildFailed(
+            f"No candidate for the {kind.value} block could be measured.", fix='Use backend="eager".'
+        )
+    ms, best = min(options, key=lambda option: option[0])
+    return best, ms
+
+
+def _fastest(
+    name: SegmentName, measured: Mapping[tuple[SegmentName, Backend], float]
+) -> tuple[float, Backend] | tuple[()]:
+    found = [(ms, backend) for (segment, backend), ms in measured.items() if segment is name]
+    return min(found, key=lambda pair: pair[0]) if found else ()
+
+
+def why_not_whole_tensorrt(
+    kind: BlockKind, measured: Mapping[tuple[SegmentName, Backend], float], best_ms: float
+) -> str | None:
+    """The reason why a whole TensorRT block need not be built, or None.
+
+    It does the same work as TensorRT's two halves plus attention. Where the halves alone are already slower than the
+    best block measured, it cannot win, and building it would cost the artist 20 s.
+    """
+    halves = [measured.get((name, Backend.TENSORRT)) for name in SPLIT_SEGMENTS[kind]]
+    known = [ms for ms in halves if ms is not None]
+    if len(known) < len(halves) or sum(known) <= best_ms:
+        return None
+    return f"its halves take {sum(known):.2f} ms without attention, the best whole block {best_ms:.2f} ms"
+
+
+def summary(plan: Plan, milliseconds: Mapping[BlockKind, float], depths: Mapping[BlockKind, int]) -> str:
+    """One line that says what was chosen and how long the blocks of a step take with it (where that was measured)."""
+    if not any(milliseconds.values()):
+        return "; ".join(f"{kind.value}: {plan.choice(kind).words()}" for kind in BlockKind)
+    parts = [f"{kind.value}: {plan.choice(kind).words()}, {milliseconds[kind]:.2f} ms" for kind in BlockKind]
+    total = sum(milliseconds[kind] * depths[kind] for kind in BlockKind)
+    return f"{'; '.join(parts)}; {total:.1f} ms per step"
+
+
+def left_out(measurements: Sequence[Measurement]) -> list[Measurement]:
+    return [m for m in measurements if m.left_out]

@@ -1,0 +1,321 @@
+"""Finds the plan: builds the candidates, measures them on this GPU, keeps the fastest, remembers the choice."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from .backends.base import CompiledSegment
+from .backends.compiler import SegmentCompiler
+from .backends.inductor import why_not_inductor
+from .backends.tensorrt_builders import Builders
+from .background import Stopwatch
+from .config import Attention, Backend, CompileConfig, Layout
+from .engine_cache import EngineKey
+from .errors import BuildFailed, CacheError, MissingDependency, TRTError
+from .flux.attention import attention_function, runnable_kernels
+from .flux.catalogue import SegmentName, source_version
+from .gpu import current_gpu, why_not_tensorrt
+from .host import stop_if_cancelled
+from .measure import median_milliseconds
+from .plan import (
+    SPLIT_SEGMENTS,
+    WHOLE_SEGMENT,
+    BlockChoice,
+    BlockKind,
+    Measurement,
+    Plan,
+    choose,
+    summary,
+    why_not_whole_tensorrt,
+)
+
+_LOG = logging.getLogger("trt_core.plan")
+_PLAN_FILE = "plan.json"
+_BUILDER_PROCESSES = 2
+"""Two halve the wait for four engines; each costs a CUDA context (0.5 GB) and a Python with torch_tensorrt."""
+
+Compiled = dict[tuple[SegmentName, Backend], CompiledSegment]
+
+
+@dataclass(slots=True)
+class PlanSearch:
+    """One search: what was compiled, how long it takes, and what was left out and why."""
+
+    compiler: SegmentCompiler
+    config: CompileConfig
+    layout: Layout | None = None
+    """None: both are candidates. Attention masks need `SPLIT`."""
+    compiled: Compiled = field(default_factory=dict)
+    milliseconds: dict[tuple[SegmentName, Backend], float] = field(default_factory=dict)
+    measurements: list[Measurement] = field(default_factory=list)
+
+    def run(self) -> tuple[Plan, Compiled]:
+        """The plan and the compiled segments it needs; everything else that was built is closed again."""
+        plan = self._remembered()
+        if plan is None or not self._load(plan):
+            plan = self._search()
+        needed = {(name, backend) for name, backend, _ in plan.needed()}
+        for key in [key for key in self.compiled if key not in needed]:
+            self.compiled.pop(key).close()
+        return plan, self.compiled
+
+    # -- a plan found before -------------------------------------------------------------------------------------
+
+    def _key(self) -> EngineKey:
+        arch, compiler = self.compiler.arch, self.compiler
+        profile = compiler.profile
+        ranges = {
+            axis: [getattr(profile, axis).min, getattr(profile, axis).max]
+            for axis in ("img_tokens", "txt_tokens", "batch")
+        }
+        fields = {
+            "hidden": arch.hidden, "heads": arch.heads, "mlp_hidden": arch.mlp_hidden, "ranges": ranges,
+            "opt": None if self.config.profile is None else profile.img_tokens.opt,
+            "dtype": str(compiler.dtype), "source": source_version(), "backend": self.config.backend.value,
+            "attention": self.config.attention.value, "layout": self.layout.value if self.layout else None,
+        }  # fmt: skip
+        return EngineKey("plan", fields)
+
+    def _remembered(self) -> Plan | None:
+        entry = self.compiler.cache.get(self._key())
+        if entry is None:
+            return None
+        try:
+            return Plan.from_json(entry.read(_PLAN_FILE))
+        except (ValueError, KeyError, TypeError, CacheError, TRTError) as error:
+            _LOG.warning("The cached plan is not used: %s", error)
+            return None
+
+    def _load(self, plan: Plan) -> bool:
+        """Compiles what a remembered plan needs; False where an engine is gone, so that the search runs again."""
+        watch = Stopwatch()
+        self.compiler.profile = plan.profile
+        for done, (name, backend, attention) in enumerate(plan.needed()):
+            self._progress("Loading the plan", done, len(plan.needed()))
+            compiled = (
+                self.compiler.from_cache(name)
+                if backend is Backend.TENSORRT
+                else self.compiler.compile(name, backend, attention)
+            )
+            if compiled is None:
+                return False
+            self.compiled[name, backend] = compiled
+        _LOG.info(
+            "plan from the cache (%s; %s), %.1f s", plan.double.words(), plan.single.words(), watch.seconds()
+        )
+        return True
+
+    # -- a new plan ----------------------------------------------------------------------------------------------
+
+    def _search(self) -> Plan:
+        watch = Stopwatch()
+        attention, attention_ms = self._rank_attention()
+        backends = self._backends()
+        if Backend.TENSORRT in backends:
+            self._build_with_tensorrt(backends, attention)
+        else:
+            self._compile_others(backends, attention)
+        choices = self._choose(attention, attention_ms)
+        if self.config.backend is Backend.AUTO and Backend.TENSORRT in backends:
+            choices = self._try_whole_tensorrt(choices, attention, attention_ms)
+        plan = Plan(
+            choices[BlockKind.DOUBLE][0],
+            choices[BlockKind.SINGLE][0],
+            self.compiler.profile,
+            tuple(self.measurements),
+        )
+        arch = self.compiler.arch
+        depths = {BlockKind.DOUBLE: arch.double_depth, BlockKind.SINGLE: arch.single_depth}
+        times = {kind: choices[kind][1] for kind in BlockKind}
+        _LOG.info("plan %s, found in %.1f s", summary(plan, times, depths), watch.seconds())
+        self._remember(plan)
+        return plan
+
+    def _backends(self) -> list[Backend]:
+        """Candidates, each that cannot be built left out with its reason; a forced one that cannot raises."""
+        device = self.compiler.device
+        if self.config.backend is Backend.AUTO and device.type != "cuda":
+            self._leave_out(
+                "all segments", Backend.INDUCTOR, 'no GPU; backend="inductor" compiles for the CPU'
+            )
+            return [Backend.EAGER]
+        reasons = {
+            Backend.TENSORRT: why_not_tensorrt(current_gpu() if device.type == "cuda" else None),
+            Backend.INDUCTOR: why_not_inductor(device),
+            Backend.EAGER: None,
+        }
+        wanted = list(reasons) if self.config.backend is Backend.AUTO else [self.config.backend]
+        for backend in wanted:
+            if reason := reasons[backend]:
+                if self.config.backend is backend:
+                    raise MissingDependency(
+                        f'backend="{backend.value}" cannot be used here: {reason}.',
+                        fix='Use backend="auto", which takes what this machine has.',
+                        widget="backend",
+                    )
+                self._leave_out("all segments", backend, reason)
+        return [backend for backend in wanted if reasons[backend] is None]
+
+    def _rank_attention(self) -> tuple[Attention, float]:
+        """The fastest attention kernel for the profile's optimum, and its milliseconds."""
+        arch, device, opt = self.compiler.arch, self.compiler.device, self.compiler.profile
+        if self.config.attention is not Attention.AUTO:
+            kernels = [self.config.attention]
+        else:
+            kernels = runnable_kernels(self.compiler.dtype, device, arch.heads, arch.head_dim)
+        if len(kernels) > 1:
+            # Never the fastest on a GPU, and its L x L logits would take gigabytes: only where nothing else runs.
+            kernels = [kernel for kernel in kernels if kernel is not Attention.MATH]
+        tokens = opt.img_tokens.opt + opt.txt_tokens.opt
+        q = torch.randn(
+            opt.batch.opt, tokens, arch.heads, arch.head_dim, device=device, dtype=self.compiler.dtype
+        )
+        times = {}
+        for kernel in kernels:
+            function = attention_function(kernel)
+            times[kernel] = median_milliseconds(lambda f=function: f(q, q, q), device, 5, 1)
+            self.measurements.append(Measurement("attention", kernel.value, times[kernel]))
+        best = min(times, key=lambda kernel: times[kernel])
+        return best, times[best]
+
+    def _wanted(self, backend: Backend) -> list[SegmentName]:
+        """The segments to build at first: halves for TensorRT and eager, whole blocks (and halves in auto) for Inductor."""
+        halves = [name for kind in BlockKind for name in SPLIT_SEGMENTS[kind]]
+        wholes = [WHOLE_SEGMENT[kind] for kind in BlockKind]
+        if self.layout is Layout.SPLIT:
+            return halves
+        if backend is Backend.INDUCTOR:
+            return (
+                wholes + halves
+                if self.config.backend is Backend.AUTO and not self._only_inductor()
+                else wholes
+            )
+        return halves
+
+    def _only_inductor(self) -> bool:
+        """Whether TensorRT is left out: then Inductor's halves could only repeat its whole blocks."""
+        return any(m.left_out and m.backend == Backend.TENSORRT.value for m in self.measurements)
+
+    def _build_with_tensorrt(self, backends: list[Backend], attention: Attention) -> None:
+        """TensorRT's engines in processes of their own, Inductor's segments meanwhile here."""
+        names = self._wanted(Backend.TENSORRT)
+        cached = {name: self.compiler.from_cache(name) for name in names}
+        missing = [name for name in names if cached[name] is None]
+        self.compiled.update({(n, Backend.TENSORRT): c for n, c in cached.items() if c is not None})
+        self._with_builders(missing, lambda: self._compile_others(backends, attention))
+        for name in names:
+            self._measure(name, Backend.TENSORRT, attention)
+
+    def _with_builders(self, names: list[SegmentName], meanwhile: object) -> None:
+        if not names:
+            if callable(meanwhile):
+                meanwhile()
+            return
+        watch = Stopwatch()
+        processes = min(_BUILDER_PROCESSES, len(names))
+        compiler = self.compiler
+        with Builders(compiler.arch, compiler.device, processes, compiler.timing_cache()) as builders:
+            tickets = {builders.submit(compiler.request(name)): name for name in _longest_first(names)}
+            if callable(meanwhile):
+                meanwhile()
+            done = 0
+            for ticket in builders.finished(list(tickets)):
+                self._progress("TensorRT builds", done, len(names))
+                if ticket >= 0:
+                    done += 1
+                    self._take(tickets[ticket], builders, ticket)
+        _LOG.info("TensorRT built %d engines in %d processes, %.1f s", len(names), processes, watch.seconds())
+
+    def _take(self, name: SegmentName, builders: Builders, ticket: int) -> None:
+        try:
+            plan = builders.result(ticket)
+            if plan is not None:
+                self.compiled[name, Backend.TENSORRT] = self.compiler.from_plan(name, plan)
+        except BuildFailed as error:
+            self._failed(name, Backend.TENSORRT, error)
+
+    def _compile_others(self, backends: list[Backend], attention: Attention) -> None:
+        """Inductor's and eager's segments."""
+        jobs = [
+            (name, b) for b in (Backend.INDUCTOR, Backend.EAGER) if b in backends for name in self._wanted(b)
+        ]
+        for done, (name, backend) in enumerate(jobs):
+            self._progress(f"{backend.value} compiles {name.value}", done, len(jobs))
+            try:
+                self.compiled[name, backend] = self.compiler.compile(name, backend, attention)
+            except BuildFailed as error:
+                self._failed(name, backend, error)
+        for name, backend in jobs:
+            self._measure(name, backend, attention)
+
+    def _measure(self, name: SegmentName, backend: Backend, attention: Attention) -> None:
+        """Times a segment at the profile's optimum; forced backends are not timed, there is nothing to choose."""
+        compiled = self.compiled.get((name, backend))
+        if compiled is None:
+            return
+        ms = 0.0
+        if self.config.backend is Backend.AUTO:
+            opt, compiler = self.compiler.profile, self.compiler
+            inputs = compiler.request(name, attention).segment.random_inputs(
+                opt.batch.opt, opt.img_tokens.opt, opt.txt_tokens.opt, compiler.dtype, compiler.device
+            )
+            with torch.no_grad():
+                ms = median_milliseconds(lambda: compiled(*inputs), compiler.device)
+        self.milliseconds[name, backend] = ms
+        ratio = self.compiler.error_ratios.get((name, backend))
+        self.measurements.append(Measurement(name.value, backend.value, ms or None, ratio))
+
+    def _choose(
+        self, attention: Attention, attention_ms: float
+    ) -> dict[BlockKind, tuple[BlockChoice, float]]:
+        return {kind: choose(kind, self.milliseconds, attention, attention_ms) for kind in BlockKind}
+
+    def _try_whole_tensorrt(
+        self, choices: dict[BlockKind, tuple[BlockChoice, float]], attention: Attention, attention_ms: float
+    ) -> dict[BlockKind, tuple[BlockChoice, float]]:
+        """Builds TensorRT's whole blocks where they can still win."""
+        if self.layout is Layout.SPLIT:
+            return choices
+        names = []
+        for kind in BlockKind:
+            name = WHOLE_SEGMENT[kind]
+            if reason := why_not_whole_tensorrt(kind, self.milliseconds, choices[kind][1]):
+                self._leave_out(name.value, Backend.TENSORRT, reason)
+            elif (found := self.compiler.from_cache(name)) is not None:
+                self.compiled[name, Backend.TENSORRT] = found
+            else:
+                names.append(name)
+        self._with_builders(names, None)
+        for kind in BlockKind:
+            self._measure(WHOLE_SEGMENT[kind], Backend.TENSORRT, attention)
+        return self._choose(attention, attention_ms)
+
+    def _remember(self, plan: Plan) -> None:
+        info = {"double": plan.double.words(), "single": plan.single.words()}
+        try:
+            self.compiler.cache.put(self._key(), {_PLAN_FILE: plan.to_json()}, info)
+        except CacheError as error:
+            _LOG.warning("The plan works but is not kept: %s", error)
+
+    def _failed(self, name: SegmentName, backend: Backend, error: BuildFailed) -> None:
+        if self.config.backend is backend:
+            raise error
+        _LOG.warning("%s leaves out %s: %s", backend.value, name.value, error)
+        self._leave_out(name.value, backend, str(error))
+
+    def _leave_out(self, what: str, backend: Backend, reason: str) -> None:
+        _LOG.info("%s is left out for %s: %s", backend.value, what, reason)
+        self.measurements.append(Measurement(what, backend.value, left_out=reason))
+
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        stop_if_cancelled(self.compiler.progress, stage)
+        self.compiler.progress.update(stage, done, total)
+
+
+def _longest_first(names: Iterable[SegmentName]) -> list[SegmentName]:
+    """Double blocks take twice as long to build as single ones: first come first, so that two processes end together."""
+    return sorted(names, key=lambda name: name.value)

@@ -1,0 +1,204 @@
+"""Bound weights: the tensors that engines read by address, and exact refit from base weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .background import Stopwatch
+from .base_storage import BaseStorage
+from .config import BaseWeights
+from .errors import LoraMismatch, OutOfMemory, TRTError
+from .lora.changes import Additive, Patch, merged
+
+_LOG = logging.getLogger("trt_core.refit")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPatches:
+    """All that LoRAs do to one weight, in order; equal `signature` means the same result."""
+
+    signature: Hashable
+    patches: tuple[tuple[Patch, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RefitPlan:
+    """Names to merge anew, to restore to the base, and to leave as they are."""
+
+    merge: tuple[str, ...]
+    restore: tuple[str, ...]
+    unchanged: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RefitReport:
+    """What one refit did. `layers` were written; `base_weights` says where their base is kept ("gpu", "host")."""
+
+    layers: int
+    merged: int
+    restored: int
+    milliseconds: float
+    base_gpu_bytes: int
+    base_host_bytes: int
+
+
+def plan_refit(new: Mapping[str, Hashable], applied: Mapping[str, Hashable]) -> RefitPlan:
+    """What a refit from `applied` to `new` signatures touches: nothing outside `keys(new) | keys(applied)`."""
+    merge = tuple(name for name in new if applied.get(name) != new[name])
+    restore = tuple(name for name in applied if name not in new)
+    return RefitPlan(merge, restore, tuple(name for name in new if name not in set(merge)))
+
+
+class BoundWeights:
+    """Tensors by BFL name, written in place by `refit` and never moved, so that engines and graphs keep their addresses."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], mode: BaseWeights) -> None:
+        self.tensors = dict(tensors)
+        self.device = next(iter(self.tensors.values())).device
+        self._bases = BaseStorage(mode, self.device)
+        self._applied: dict[str, WeightPatches] = {}
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """Names that hold something else than their base now."""
+        return frozenset(self._applied)
+
+    def base(self, name: str) -> Tensor:
+        """The unmerged weight: the kept copy of a touched one, else the bound tensor itself."""
+        return self._bases[name] if name in self._applied else self.tensors[name]
+
+    def needs(self, new: Mapping[str, WeightPatches]) -> bool:
+        """Whether a refit to `new` would write anything."""
+        return len(new) != len(self._applied) or any(
+            name not in self._applied or self._applied[name].signature != patches.signature
+            for name, patches in new.items()
+        )
+
+    @torch.no_grad()
+    def refit(self, new: Mapping[str, WeightPatches]) -> RefitReport:
+        """Writes base + sum of patches into the touched weights, each rounded once; others keep their bits.
+
+        A refit depends on `new` alone, not on what was applied before. On failure the weights from before are put
+        back: raises `OutOfMemory` or `LoraMismatch`.
+        """
+        watch = Stopwatch()
+        plan = plan_refit(
+            {n: p.signature for n, p in new.items()}, {n: p.signature for n, p in self._applied.items()}
+        )
+        self._check(new)
+        self._bases.keep({name: self.tensors[name] for name in plan.merge if name not in self._applied})
+        before = dict(self._applied)
+        try:
+            for name in plan.restore:
+                self._write(name, ())
+            for name in plan.merge:
+                self._write(name, new[name].patches)
+                self._applied[name] = new[name]
+        except torch.OutOfMemoryError as error:
+            self._roll_back(plan, before)
+            raise OutOfMemory(
+                "Out of GPU memory while merging a LoRA; the weights from before are back.",
+                fix='Use base_weights="host", or unload other models.',
+                widget="base_weights",
+            ) from error
+        for name in plan.restore:
+            del self._applied[name]
+            self._bases.give_back(name)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self._report(plan, watch)
+
+    def restore(self) -> None:
+        """Every weight is its base again, bit for bit."""
+        self.refit({})
+
+    def forget_bases(self) -> None:
+        """Drops kept host copies of untouched weights, whose bound tensors were changed by somebody else."""
+        if self._applied:
+            raise TRTError("Base weights are in use while a LoRA is applied.", fix="Restore the base first.")
+        self._bases.forget()
+
+    def _check(self, new: Mapping[str, WeightPatches]) -> None:
+        unknown = [name for name in new if name not in self.tensors]
+        if unknown:
+            raise LoraMismatch(f"The LoRA changes {unknown[0]}, which this model does not have.")
+
+    def _write(self, name: str, patches: Sequence[tuple[Patch, float]]) -> None:
+        bound = self.tensors[name]
+        base = self._bases[name].to(bound.device, non_blocking=True)
+        if not patches:
+            bound.copy_(base)
+        elif _disjoint(patches):
+            _add_rows(bound, base, patches)
+        else:
+            bound.copy_(merged(base, patches))
+
+    def _roll_back(self, plan: RefitPlan, before: Mapping[str, WeightPatches]) -> None:
+        """Puts every weight of a failed refit back; merged in host memory, because the GPU has just run out."""
+        self._applied = dict(before)
+        for name in (*plan.restore, *plan.merge):
+            patches = before[name].patches if name in before else ()
+            base = self._bases[name].cpu()
+            result = (
+                merged(base, [(patch.to("cpu"), strength) for patch, strength in patches])
+                if patches
+                else base
+            )
+            self.tensors[name].copy_(result)
+            if name not in before:
+                self._bases.give_back(name)
+
+    def _report(self, plan: RefitPlan, watch: Stopwatch) -> RefitReport:
+        milliseconds = watch.seconds() * 1000
+        layers = len(plan.merge) + len(plan.restore)
+        _LOG.info(
+            "refit: %d layers merged, %d restored, %d unchanged, %.1f ms, base weights %.2f GB on the GPU, %.2f GB in host memory",
+            len(plan.merge), len(plan.restore), len(plan.unchanged), milliseconds,
+            self._bases.gpu_bytes / 1e9, self._bases.host_bytes / 1e9,
+        )  # fmt: skip
+        return RefitReport(
+            layers,
+            len(plan.merge),
+            len(plan.restore),
+            milliseconds,
+            self._bases.gpu_bytes,
+            self._bases.host_bytes,
+        )
+
+
+def _disjoint(patches: Sequence[tuple[Patch, float]]) -> bool:
+    """Whether every patch is a plain sum and no two touch the same row: the common case, one LoRA on a layer."""
+    if any(not isinstance(patch.change, Additive) for patch, _ in patches):
+        return False
+    if any(patch.rows is None for patch, _ in patches):
+        return len(patches) == 1
+    rows = sorted(patch.rows for patch, _ in patches if patch.rows is not None)
+    return all(before[1] <= after[0] for before, after in zip(rows, rows[1:], strict=False))
+
+
+def _add_rows(bound: Tensor, base: Tensor, patches: Sequence[tuple[Patch, float]]) -> None:
+    """bound = base + strength * delta without an fp32 copy of the weight.
+
+    The same bits as `merged`: the addition promotes the base to fp32 and rounds the sum once, in one kernel.
+    """
+    covered = 0
+    for patch, strength in sorted(patches, key=lambda item: item[0].rows or (0, 0)):
+        start, stop = patch.rows or (0, bound.shape[0])
+        bound[covered:start].copy_(base[covered:start])
+        _add(bound[start:stop], base[start:stop], patch.change, strength)
+        covered = stop
+    bound[covered:].copy_(base[covered:])
+
+
+def _add(bound: Tensor, base: Tensor, change: object, strength: float) -> None:
+    if not isinstance(change, Additive) or strength == 0:
+        bound.copy_(base)
+        return
+    delta = change.delta(bound.device).reshape(bound.shape)
+    factor = strength * change.scale
+    torch.add(base, delta if factor == 1 else delta.mul_(factor), out=bound)
