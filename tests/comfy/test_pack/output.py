@@ -1,0 +1,46 @@
+"""Output nodes: what a test reads back."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+from safetensors.torch import save_file
+
+from .conditioning import CATEGORY, seed_input
+
+
+class SaveLatent(io.ComfyNode):
+    """Writes a latent's samples to a path, as they are."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Test_SaveLatent",
+            category=CATEGORY,
+            inputs=[io.Latent.Input("samples"), io.String.Input("path")],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, samples: dict, path: str) -> io.NodeOutput:
+        tensor = samples["samples"].contiguous().cpu()
+        save_file({"samples": tensor}, path)
+        return io.NodeOutput(ui={"shape": list(tensor.shape)})
+
+
+class Nothing(io.ComfyNode):
+    """Runs, and is done: tells a test that the server's worker came by."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Test_Nothing",
+            category=CATEGORY,
+            inputs=[seed_input("nonce")],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, nonce: int) -> io.NodeOutput:
+        return io.NodeOutput()
