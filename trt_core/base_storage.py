@@ -49,7 +49,7 @@ class BaseStorage:
             self._keep_on_host(new)
 
     def give_back(self, name: str) -> None:
-        """The weight is unchanged again: GPU copies are dropped, host copies stay for the next LoRA (pinning is slow)."""
+        """The weight is unchanged again: GPU copies go, host copies stay for the next LoRA (pinning is slow)."""
         self._gpu.pop(name, None)
 
     def forget(self) -> None:

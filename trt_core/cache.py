@@ -82,9 +82,8 @@ def _list(cache: EngineCache, chosen: argparse.Namespace) -> int:
 def _prune(cache: EngineCache, chosen: argparse.Namespace) -> int:
     max_bytes = None if chosen.max_gb is None else int(chosen.max_gb * _GB)
     report = cache.prune(max_bytes, chosen.max_age_days)
-    _say(
-        f"Deleted {_engines(report.removed)}, {_size(report.removed_bytes)}, and {report.leftovers} leftovers."
-    )
+    removed = f"{_engines(report.removed)}, {_size(report.removed_bytes)}"
+    _say(f"Deleted {removed}, and {report.leftovers} leftovers.")
     return _say(f"Kept {_engines(report.kept)}, {_size(report.kept_bytes)}, in {cache.folder}")
 
 
@@ -106,9 +105,7 @@ def _export(cache: EngineCache, chosen: argparse.Namespace) -> int:
 def _import(cache: EngineCache, chosen: argparse.Namespace) -> int:
     report = import_bundle(cache, chosen.file)
     there = f"; {len(report.present)} were there before" if report.present else ""
-    return _say(
-        f"Imported {_engines(len(report.added))}, {_size(report.size_bytes)}, to {cache.folder}{there}"
-    )
+    return _say(f"Imported {_engines(len(report.added))}, {_size(report.size_bytes)}, to {cache.folder}{there}")
 
 
 def _row(entry: Entry, here: Sequence[Mapping[str, str]]) -> tuple[str, str, str, str]:

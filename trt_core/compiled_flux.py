@@ -37,9 +37,7 @@ def compile_flux(transformer: nn.Module, config: CompileConfig, progress: Progre
         restore_flux(transformer)
     arch = FluxArchitecture.from_diffusers_config(transformer.config)
     # Not a registered submodule or buffer: state_dict, device and parameters stay diffusers' own.
-    object.__setattr__(
-        transformer, _STATE, CompiledState(transformer, arch, config, progress or TerminalProgress())
-    )
+    object.__setattr__(transformer, _STATE, CompiledState(transformer, arch, config, progress or TerminalProgress()))
     transformer.__class__ = _compiled_class(type(transformer))
     return transformer
 
@@ -57,9 +55,7 @@ def restore_flux(transformer: nn.Module) -> nn.Module:
 class CompiledState:
     """Everything of ours that belongs to one transformer: the module, the binding, and what changed since."""
 
-    def __init__(
-        self, model: nn.Module, arch: FluxArchitecture, config: CompileConfig, progress: Progress
-    ) -> None:
+    def __init__(self, model: nn.Module, arch: FluxArchitecture, config: CompileConfig, progress: Progress) -> None:
         self.module = MutableTRTModule(arch, config, progress)
         self.eager: dict[str, str] = {}
         self._binding: DiffusersBinding | None = None

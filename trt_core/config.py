@@ -73,9 +73,7 @@ class ShapeRange:
 
     def __post_init__(self) -> None:
         if not 0 < self.min <= self.opt <= self.max:
-            raise InvalidOption(
-                f"A range needs 0 < min <= opt <= max, got {self.min}, {self.opt}, {self.max}."
-            )
+            raise InvalidOption(f"A range needs 0 < min <= opt <= max, got {self.min}, {self.opt}, {self.max}.")
 
     def __contains__(self, size: int) -> bool:
         return self.min <= size <= self.max

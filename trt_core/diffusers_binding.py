@@ -115,9 +115,7 @@ def _home(slots: list[Slot]) -> tuple[Tensor, int]:
         return first.data, 0
     total = sum(p.shape[0] for p in parameters)
     if _adjacent(parameters):
-        return torch.as_strided(
-            first.data, (total, *first.shape[1:]), first.stride(), first.storage_offset()
-        ), 0
+        return torch.as_strided(first.data, (total, *first.shape[1:]), first.stride(), first.storage_offset()), 0
     fused = torch.empty((total, *first.shape[1:]), dtype=first.dtype, device=first.device)
     for slot, parameter in zip(slots, parameters, strict=True):
         view = slot.of(fused)
@@ -172,7 +170,5 @@ def _slot(model: nn.Module, name: str, part: Part, whole: bool) -> Slot:
         parent = model.get_submodule(parent_path)
         parent.get_submodule(child)
     except AttributeError as error:
-        raise UnsupportedModel(
-            f"The model has no {path}.", expected="A FLUX.1 transformer has it."
-        ) from error
+        raise UnsupportedModel(f"The model has no {path}.", expected="A FLUX.1 transformer has it.") from error
     return Slot(parent, child, kind, name, None if whole else (part.start, part.stop))

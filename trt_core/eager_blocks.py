@@ -31,9 +31,7 @@ def why_eager_blocks(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
-def block_overrides(
-    model: Any, eager: dict[str, str]
-) -> tuple[dict[int, DoubleOverride], dict[int, SingleOverride]]:
+def block_overrides(model: Any, eager: dict[str, str]) -> tuple[dict[int, DoubleOverride], dict[int, SingleOverride]]:
     """diffusers' own blocks as overrides for the compiled ones, by index."""
     doubles: dict[int, DoubleOverride] = {}
     singles: dict[int, SingleOverride] = {}
@@ -64,9 +62,7 @@ def _why_eager(block: nn.Module) -> str | None:
 
 def _double(block: nn.Module) -> DoubleOverride:
     def run(img: Tensor, txt: Tensor, vec: Tensor, pe: Pe) -> tuple[Tensor, Tensor]:
-        txt, img = block(
-            hidden_states=img, encoder_hidden_states=txt, temb=vec, image_rotary_emb=_interleaved(pe)
-        )
+        txt, img = block(hidden_states=img, encoder_hidden_states=txt, temb=vec, image_rotary_emb=_interleaved(pe))
         return img, txt
 
     return run

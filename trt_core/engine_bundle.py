@@ -60,13 +60,11 @@ class ImportReport:
 # -- export
 
 
-def export_bundle(
-    cache: EngineCache, path: Path | str, digests: Collection[str] | None = None
-) -> ExportReport:
+def export_bundle(cache: EngineCache, path: Path | str, digests: Collection[str] | None = None) -> ExportReport:
     """Writes this machine's entries, or those of `digests`, to the file `path`, whole or not at all.
 
-    Raises `CacheError` when there is nothing to export, an entry is lost or damaged, `path` cannot be written, or
-    it holds a file that is no bundle.
+    Raises `CacheError` when there is nothing to export, an entry is lost or damaged, `path` cannot be written,
+    or it holds a file that is no bundle.
     """
     path = Path(path)
     entries = _chosen(cache, digests)
@@ -90,7 +88,8 @@ def _chosen(cache: EngineCache, digests: Collection[str] | None) -> list[Entry]:
     usable = {entry.digest: entry for entry in cache.entries() if entry.manifest.environment == here}
     missing = sorted(set(digests or ()) - set(usable))
     if missing or not usable:
-        what = f"The engine cache {cache.folder} has no engine {', '.join(missing) or 'of this GPU and versions'}."
+        which = ", ".join(missing) or "of this GPU and versions"
+        what = f"The engine cache {cache.folder} has no engine {which}."
         raise CacheError(what, fix="Make a picture first: it builds the engines.")
     return [entry for digest, entry in usable.items() if digests is None or digest in digests]
 
@@ -132,9 +131,7 @@ def _write_entry(bundle: zipfile.ZipFile, entry: Entry, manifest: bytes) -> None
             data = read_payload(entry.path, payload)
         except UnusableError as error:
             what = f"The cached engine {entry.path} cannot be exported: {error}."
-            raise CacheError(
-                what, fix="Clear the cache, make a picture to build it again, then export."
-            ) from error
+            raise CacheError(what, fix="Clear the cache, make a picture to build it again, then export.") from error
         bundle.writestr(f"{entry.digest}/{payload.file}", data)
 
 
@@ -142,17 +139,15 @@ def _write_entry(bundle: zipfile.ZipFile, entry: Entry, manifest: bytes) -> None
 
 
 def import_bundle(cache: EngineCache, path: Path | str) -> ImportReport:
-    """Stores the entries of a bundle that the cache does not have; all are verified before the first is stored.
+    """Stores the entries of a bundle that the cache does not have; all are verified before any is stored.
 
-    Raises `CacheError` for a bundle of another GPU or other versions, naming each difference, and for a file that
-    is damaged, unsafe, of a newer version or no bundle.
+    Raises `CacheError` for a bundle of another GPU or other versions, naming each difference, and for a file
+    that is damaged, unsafe, of a newer version or no bundle. A disk that fills up keeps the entries before.
     """
     path = Path(path)
     with _opened(path) as bundle, _refusing(path):
         manifests = _verified_manifests(bundle)
-        present = tuple(
-            digest for digest, manifest in manifests.items() if cache.get(manifest.key) is not None
-        )
+        present = tuple(digest for digest, manifest in manifests.items() if cache.get(manifest.key) is not None)
         added = [digest for digest in manifests if digest not in present]
         for digest in added:
             manifest = manifests[digest]

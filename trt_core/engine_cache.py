@@ -70,12 +70,7 @@ class EngineCache:
     def get(self, key: EngineKey) -> Entry | None:
         """The entry of `key`, every payload verified, now the most recently used; None if there is none."""
         path = self._path(key.digest)
-        try:
-            entry = load_verified(path)
-        except (
-            UnusableError
-        ):  # an update between the reads of manifest and payload looks like damage: look again
-            entry = self._or_none(path, load_verified)
+        entry = self._or_none(path, load_verified)
         if entry is not None:
             with suppress(OSError):  # a cache that can only be read has no order of use
                 os.utime(path / MANIFEST)
@@ -192,9 +187,7 @@ class EngineCache:
         except OSError as error:
             raise self._error("written", error) from error
 
-    def _enter_lock(
-        self, stack: ExitStack, path: Path, cancelled: Callable[[], bool], timeout_seconds: float
-    ) -> bool:
+    def _enter_lock(self, stack: ExitStack, path: Path, cancelled: Callable[[], bool], timeout_seconds: float) -> bool:
         lock_file = path.with_suffix(".lock")
         try:
             _make_own(path.parent)

@@ -6,17 +6,20 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import atomic_files
 from .engine_manifest import DIGEST, MANIFEST, Manifest, Payload, UnusableError
 from .errors import CacheError
 
 _UPDATED = re.compile(r".+\.[0-9a-f]{16}")
+_MOST_UPDATES = 100
+"""Updates that one read outlasts; each takes a writer two disk syncs, so nobody comes near in practice."""
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +56,7 @@ class Entry:
     def _read_again(self, name: str) -> bytes:
         """The payload after another process has updated or replaced this entry."""
         try:
-            entry = load_entry(self.path)
-            if entry is None or name not in entry:
-                raise UnusableError("it was deleted")
-            return read_payload(entry.path, entry.manifest.payloads[name])
+            return _settled(self.path, lambda: _read_current(self.path, name))
         except UnusableError as error:
             what = f"The cached engine {self.path} was lost while in use: {error}."
             raise CacheError(what, fix="Run again to build it anew.") from error
@@ -67,6 +67,35 @@ class Entry:
 
 def load_entry(path: Path) -> Entry | None:
     """The entry in `path`, payload sizes checked; None if there is none; `UnusableError` with the reason."""
+    return _settled(path, lambda: _load(path))
+
+
+def load_verified(path: Path) -> Entry | None:
+    """`load_entry` with the sha256 of each payload checked too."""
+    return _settled(path, lambda: _load_verified(path))
+
+
+def _settled(path: Path, read: Callable[[], _Read]) -> _Read:
+    """What `read` gives: again while the manifest changes, as an update under a reader's feet looks like damage."""
+    for _ in range(_MOST_UPDATES):
+        before = _stamp(path)
+        try:
+            return read()
+        except UnusableError:
+            if _stamp(path) == before:
+                raise
+    return read()
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        seen = (path / MANIFEST).lstat()
+    except OSError:
+        return None
+    return seen.st_ino, seen.st_mtime_ns
+
+
+def _load(path: Path) -> Entry | None:
     if not os.path.lexists(path):
         return None
     if not atomic_files.is_real_folder(path) or not atomic_files.is_real_folder(path.parent):
@@ -83,12 +112,18 @@ def load_entry(path: Path) -> Entry | None:
     return Entry(path, manifest, last_used)
 
 
-def load_verified(path: Path) -> Entry | None:
-    """`load_entry` with the sha256 of each payload checked too."""
-    entry = load_entry(path)
+def _load_verified(path: Path) -> Entry | None:
+    entry = _load(path)
     for payload in entry.manifest.payloads.values() if entry else ():
         read_payload(path, payload)
     return entry
+
+
+def _read_current(path: Path, name: str) -> bytes:
+    entry = _load(path)
+    if entry is None or name not in entry:
+        raise UnusableError("it was deleted")
+    return read_payload(path, entry.manifest.payloads[name])
 
 
 def read_payload(path: Path, payload: Payload) -> bytes:

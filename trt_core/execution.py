@@ -75,9 +75,7 @@ class SplitSingle:
     def __init__(self, qkv_mlp: CompiledSegment, out: CompiledSegment, attention: AttentionFunction) -> None:
         self._qkv_mlp, self._out, self._attention = qkv_mlp, out, attention
 
-    def __call__(
-        self, x: Tensor, mod: Tensor, pe: Pe, weights: Sequence[Tensor], mask: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, mod: Tensor, pe: Pe, weights: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         cut = len(SINGLE_QKV_MLP)
         q, k, wide = self._qkv_mlp(x, mod, pe.cos, pe.sin, *weights[:cut])
         v = value_of(wide, q)
@@ -106,9 +104,7 @@ class WholeSingle:
     def __init__(self, block: CompiledSegment) -> None:
         self._block = block
 
-    def __call__(
-        self, x: Tensor, mod: Tensor, pe: Pe, weights: Sequence[Tensor], mask: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, mod: Tensor, pe: Pe, weights: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         _refuse_mask(mask)
         return self._block(x, mod, pe.cos, pe.sin, *weights)[0]
 

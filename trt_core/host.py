@@ -30,6 +30,4 @@ class Silent:
 def stop_if_cancelled(progress: Progress, stage: str) -> None:
     """Raises `BuildCancelled` if the user cancelled."""
     if progress.cancelled():
-        raise BuildCancelled(
-            f"Cancelled during: {stage}.", fix="Run again to continue; finished engines are cached."
-        )
+        raise BuildCancelled(f"Cancelled during: {stage}.", fix="Run again to continue; finished engines are cached.")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 
 import torch
 
 
-def median_milliseconds(
-    run: Callable[[], object], device: torch.device, repeats: int = 10, warmup: int = 3
-) -> float:
+def median_milliseconds(run: Callable[[], object], device: torch.device, repeats: int = 10, warmup: int = 3) -> float:
     """Median time of `run()` in milliseconds after warm-up: CUDA events on a GPU, a clock elsewhere.
 
     All repeats are queued before the first is waited for, so that a GPU's time is not mixed with Python's.
@@ -29,7 +28,7 @@ def _gpu_times(run: Callable[[], object], device: torch.device, repeats: int) ->
             run()
             mark.record()
         torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in zip(marks, marks[1:], strict=False)]
+    return [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
 
 
 def _cpu_times(run: Callable[[], object], repeats: int) -> list[float]:

@@ -115,15 +115,12 @@ class MutableTRTModule:
         _check_uniform(weights)
         before = self._weights
         self._weights = BoundWeights({n: t.detach() for n, t in weights.items()}, self.config.base_weights)
-        if before is not None and (
-            before.device != self._weights.device or _dtype(before) != _dtype(self._weights)
-        ):
+        if before is not None and (before.device != self._weights.device or _dtype(before) != _dtype(self._weights)):
             self._drop_compiled()
         self._scale_first = scale_first
         tensors = self._weights.tensors
         self._double_weights = [
-            [tensors[f"double_blocks.{i}.{n}"] for n in DOUBLE_QKV + DOUBLE_OUT]
-            for i in range(self.arch.double_depth)
+            [tensors[f"double_blocks.{i}.{n}"] for n in DOUBLE_QKV + DOUBLE_OUT] for i in range(self.arch.double_depth)
         ]
         self._single_weights = [
             [tensors[f"single_blocks.{i}.{n}"] for n in SINGLE_QKV_MLP + SINGLE_OUT]
@@ -172,9 +169,7 @@ class MutableTRTModule:
         weights, dtype = self.weights.tensors, _dtype(self.weights)
         vec = stem.conditioning(weights, self.arch, timesteps, guidance, y)
         mods = stem.modulations(weights, self.arch, vec)
-        pe = Pe(
-            *rope_cos_sin(torch.cat((txt_ids, img_ids)), self.arch.axes_dim, self.arch.theta), txt.shape[1]
-        )
+        pe = Pe(*rope_cos_sin(torch.cat((txt_ids, img_ids)), self.arch.axes_dim, self.arch.theta), txt.shape[1])
         img = stem.linear(weights, "img_in", img.to(dtype))
         txt = stem.linear(weights, "txt_in", txt.to(dtype))
         img, txt = self._double_blocks(compiled.double, img, txt, vec, mods, pe, extras)
@@ -218,10 +213,10 @@ class MutableTRTModule:
         """The compiled segments for these shapes, built now where there are none."""
         self._refuse_closed()
         layout = Layout.SPLIT if masked else None
+        plain = self._compiled.get(None)
+        if plain is not None and plain.double.takes_mask and plain.single.takes_mask:
+            layout = None
         compiled = self._compiled.get(layout)
-        if compiled is None and masked and (plain := self._compiled.get(None)) is not None:
-            if plain.double.takes_mask and plain.single.takes_mask:
-                compiled = plain
         if compiled is not None and (
             not compiled.plan.uses_profile or compiled.plan.profile.holds(batch, img_tokens, txt_tokens)
         ):
@@ -239,7 +234,7 @@ class MutableTRTModule:
             raise ShapeOutsideProfile(
                 f"{img_tokens} image tokens, {txt_tokens} text tokens, batch {batch} are outside the profile.",
                 expected=(
-                    f"It takes {wanted.img_tokens.min} to {wanted.img_tokens.max} image tokens (1024 x 1024 px is 4096), "
+                    f"It takes {wanted.img_tokens.min} to {wanted.img_tokens.max} image tokens (1024 px square: 4096), "
                     f"{wanted.txt_tokens.min} to {wanted.txt_tokens.max} text tokens, "
                     f"batch {wanted.batch.min} to {wanted.batch.max}."
                 ),
@@ -271,9 +266,7 @@ class MutableTRTModule:
         for compiled in self._compiled.values():
             measurements += compiled.plan.measurements
             for (name, backend), segment in compiled.segments.items():
-                choice = compiled.plan.choice(
-                    BlockKind.DOUBLE if "double" in name.value else BlockKind.SINGLE
-                )
+                choice = compiled.plan.choice(BlockKind.DOUBLE if "double" in name.value else BlockKind.SINGLE)
                 segments[name.value] = f"{backend.value} ({choice.words()})"
                 plan_bytes += segment.plan_bytes
         segments["stem, modulation, final_layer"] = "eager (0.4 % of the work)"
@@ -346,6 +339,4 @@ def _check_uniform(weights: Mapping[str, Tensor]) -> None:
         )
     loose = [name for name, t in weights.items() if not t.is_contiguous()]
     if loose:
-        raise UnsupportedModel(
-            f"{loose[0]} is not contiguous in memory.", fix="Call .contiguous() on it first."
-        )
+        raise UnsupportedModel(f"{loose[0]} is not contiguous in memory.", fix="Call .contiguous() on it first.")

@@ -49,7 +49,9 @@ def why_not_mergeable(layer: nn.Module) -> str | None:
     variants = getattr(layer, "lora_variant", {})
     for adapter in _active(layer):
         if adapter in variants and _variant_name(variants[adapter]) not in _MERGEABLE_VARIANTS:
-            return f"its adapter {adapter!r} is a {_variant_name(variants[adapter])}, which is not a change of the weight"
+            return (
+                f"its adapter {adapter!r} is a {_variant_name(variants[adapter])}, which is not a change of the weight"
+            )
         if not hasattr(layer, "lora_A") and not hasattr(layer, "get_delta_weight"):
             return f"its adapter layer {type(layer).__name__} is unknown here"
     return None

@@ -47,9 +47,7 @@ class BlockChoice:
     def words(self) -> str:
         """ "split tensorrt + inductor, cudnn attention", for log and node."""
         inside = (
-            "TensorRT"
-            if self.layout is Layout.WHOLE and Backend.TENSORRT in self.backends
-            else self.attention.value
+            "TensorRT" if self.layout is Layout.WHOLE and Backend.TENSORRT in self.backends else self.attention.value
         )
         return f"{self.layout.value} {' + '.join(b.value for b in self.backends)}, {inside} attention"
 
@@ -133,9 +131,7 @@ def choose(
         total = attention_ms + sum(ms for ms, _ in halves if ms is not None)
         options.append((total, BlockChoice(kind, Layout.SPLIT, tuple(b for _, b in halves), attention)))
     if not options:
-        raise BuildFailed(
-            f"No candidate for the {kind.value} block could be measured.", fix='Use backend="eager".'
-        )
+        raise BuildFailed(f"No candidate for the {kind.value} block could be measured.", fix='Use backend="eager".')
     ms, best = min(options, key=lambda option: option[0])
     return best, ms
 

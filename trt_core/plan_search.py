@@ -104,9 +104,7 @@ class PlanSearch:
             if compiled is None:
                 return False
             self.compiled[name, backend] = compiled
-        _LOG.info(
-            "plan from the cache (%s; %s), %.1f s", plan.double.words(), plan.single.words(), watch.seconds()
-        )
+        _LOG.info("plan from the cache (%s; %s), %.1f s", plan.double.words(), plan.single.words(), watch.seconds())
         return True
 
     # -- a new plan ----------------------------------------------------------------------------------------------
@@ -139,9 +137,7 @@ class PlanSearch:
         """Candidates, each that cannot be built left out with its reason; a forced one that cannot raises."""
         device = self.compiler.device
         if self.config.backend is Backend.AUTO and device.type != "cuda":
-            self._leave_out(
-                "all segments", Backend.INDUCTOR, 'no GPU; backend="inductor" compiles for the CPU'
-            )
+            self._leave_out("all segments", Backend.INDUCTOR, 'no GPU; backend="inductor" compiles for the CPU')
             return [Backend.EAGER]
         reasons = {
             Backend.TENSORRT: why_not_tensorrt(current_gpu() if device.type == "cuda" else None),
@@ -171,9 +167,7 @@ class PlanSearch:
             # Never the fastest on a GPU, and its L x L logits would take gigabytes: only where nothing else runs.
             kernels = [kernel for kernel in kernels if kernel is not Attention.MATH]
         tokens = opt.img_tokens.opt + opt.txt_tokens.opt
-        q = torch.randn(
-            opt.batch.opt, tokens, arch.heads, arch.head_dim, device=device, dtype=self.compiler.dtype
-        )
+        q = torch.randn(opt.batch.opt, tokens, arch.heads, arch.head_dim, device=device, dtype=self.compiler.dtype)
         times = {}
         for kernel in kernels:
             function = attention_function(kernel)
@@ -183,17 +177,13 @@ class PlanSearch:
         return best, times[best]
 
     def _wanted(self, backend: Backend) -> list[SegmentName]:
-        """The segments to build at first: halves for TensorRT and eager, whole blocks (and halves in auto) for Inductor."""
+        """Segments to build at first: halves for TensorRT and eager, whole blocks (in auto also halves) for Inductor."""
         halves = [name for kind in BlockKind for name in SPLIT_SEGMENTS[kind]]
         wholes = [WHOLE_SEGMENT[kind] for kind in BlockKind]
         if self.layout is Layout.SPLIT:
             return halves
         if backend is Backend.INDUCTOR:
-            return (
-                wholes + halves
-                if self.config.backend is Backend.AUTO and not self._only_inductor()
-                else wholes
-            )
+            return wholes + halves if self.config.backend is Backend.AUTO and not self._only_inductor() else wholes
         return halves
 
     def _only_inductor(self) -> bool:
@@ -240,9 +230,7 @@ class PlanSearch:
 
     def _compile_others(self, backends: list[Backend], attention: Attention) -> None:
         """Inductor's and eager's segments."""
-        jobs = [
-            (name, b) for b in (Backend.INDUCTOR, Backend.EAGER) if b in backends for name in self._wanted(b)
-        ]
+        jobs = [(name, b) for b in (Backend.INDUCTOR, Backend.EAGER) if b in backends for name in self._wanted(b)]
         for done, (name, backend) in enumerate(jobs):
             self._progress(f"{backend.value} compiles {name.value}", done, len(jobs))
             try:
@@ -269,9 +257,7 @@ class PlanSearch:
         ratio = self.compiler.error_ratios.get((name, backend))
         self.measurements.append(Measurement(name.value, backend.value, ms or None, ratio))
 
-    def _choose(
-        self, attention: Attention, attention_ms: float
-    ) -> dict[BlockKind, tuple[BlockChoice, float]]:
+    def _choose(self, attention: Attention, attention_ms: float) -> dict[BlockKind, tuple[BlockChoice, float]]:
         return {kind: choose(kind, self.milliseconds, attention, attention_ms) for kind in BlockKind}
 
     def _try_whole_tensorrt(
@@ -317,5 +303,5 @@ class PlanSearch:
 
 
 def _longest_first(names: Iterable[SegmentName]) -> list[SegmentName]:
-    """Double blocks take twice as long to build as single ones: first come first, so that two processes end together."""
+    """Double blocks take twice as long to build as single ones: they come first, so that two processes end together."""
     return sorted(names, key=lambda name: name.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def plan_refit(new: Mapping[str, Hashable], applied: Mapping[str, Hashable]) -> 
 
 
 class BoundWeights:
-    """Tensors by BFL name, written in place by `refit` and never moved, so that engines and graphs keep their addresses."""
+    """Tensors by BFL name, written in place by `refit` and never moved: engines and graphs keep their addresses."""
 
     def __init__(self, tensors: Mapping[str, Tensor], mode: BaseWeights) -> None:
         self.tensors = dict(tensors)
@@ -87,9 +88,7 @@ class BoundWeights:
         back: raises `OutOfMemory` or `LoraMismatch`.
         """
         watch = Stopwatch()
-        plan = plan_refit(
-            {n: p.signature for n, p in new.items()}, {n: p.signature for n, p in self._applied.items()}
-        )
+        plan = plan_refit({n: p.signature for n, p in new.items()}, {n: p.signature for n, p in self._applied.items()})
         self._check(new)
         self._bases.keep({name: self.tensors[name] for name in plan.merge if name not in self._applied})
         before = dict(self._applied)
@@ -144,11 +143,7 @@ class BoundWeights:
         for name in (*plan.restore, *plan.merge):
             patches = before[name].patches if name in before else ()
             base = self._bases[name].cpu()
-            result = (
-                merged(base, [(patch.to("cpu"), strength) for patch, strength in patches])
-                if patches
-                else base
-            )
+            result = merged(base, [(patch.to("cpu"), strength) for patch, strength in patches]) if patches else base
             self.tensors[name].copy_(result)
             if name not in before:
                 self._bases.give_back(name)
@@ -157,7 +152,7 @@ class BoundWeights:
         milliseconds = watch.seconds() * 1000
         layers = len(plan.merge) + len(plan.restore)
         _LOG.info(
-            "refit: %d layers merged, %d restored, %d unchanged, %.1f ms, base weights %.2f GB on the GPU, %.2f GB in host memory",
+            "refit: %d layers merged, %d restored, %d unchanged, %.1f ms, base weights %.2f GB on GPU, %.2f GB on host",
             len(plan.merge), len(plan.restore), len(plan.unchanged), milliseconds,
             self._bases.gpu_bytes / 1e9, self._bases.host_bytes / 1e9,
         )  # fmt: skip
@@ -178,7 +173,7 @@ def _disjoint(patches: Sequence[tuple[Patch, float]]) -> bool:
     if any(patch.rows is None for patch, _ in patches):
         return len(patches) == 1
     rows = sorted(patch.rows for patch, _ in patches if patch.rows is not None)
-    return all(before[1] <= after[0] for before, after in zip(rows, rows[1:], strict=False))
+    return all(before[1] <= after[0] for before, after in itertools.pairwise(rows))
 
 
 def _add_rows(bound: Tensor, base: Tensor, patches: Sequence[tuple[Patch, float]]) -> None:

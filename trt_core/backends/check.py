@@ -30,8 +30,7 @@ def error_ratio(compiled: CompiledSegment, request: Request) -> float:
         seen = compiled(*inputs)
     floor = _ROUNDING_FLOOR * torch.finfo(request.dtype).eps / 8
     return max(
-        relative_l2(s, r) / max(relative_l2(e, r), floor)
-        for s, e, r in zip(seen, eager, reference, strict=True)
+        relative_l2(s, r) / max(relative_l2(e, r), floor) for s, e, r in zip(seen, eager, reference, strict=True)
     )
 
 
@@ -40,7 +39,7 @@ def check(compiled: CompiledSegment, request: Request, bound: float) -> float:
     ratio = error_ratio(compiled, request)
     if not ratio <= bound:
         raise BuildFailed(
-            f"{compiled.backend.value} computes {request.segment.name.value} with {ratio:.1f} times eager PyTorch's error.",
+            f"{compiled.backend.value}'s {request.segment.name.value} has {ratio:.1f} times eager PyTorch's error.",
             expected=f"At most {bound} times.",
             fix="It is not used; another backend takes its place.",
         )

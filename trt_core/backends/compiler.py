@@ -61,7 +61,7 @@ class SegmentCompiler:
         return Request(segment(name, self.arch, function), self.dtype, self.device, self.profile)
 
     def timing_cache(self) -> Path:
-        """A file for TensorRT's tactic timings: per cache folder, because Torch-TensorRT's own default is one for all GPUs."""
+        """A file for TensorRT's tactic timings, one per GPU: Torch-TensorRT's default is one for all GPUs."""
         return self.cache.folder / f"timing_{torch.cuda.get_device_name(self.device).replace(' ', '_')}.bin"
 
     def compile(self, name: SegmentName, backend: Backend, attention: Attention) -> CompiledSegment:
@@ -71,9 +71,7 @@ class SegmentCompiler:
         compiled = EagerSegment(request) if backend is Backend.EAGER else InductorSegment(request)
         if backend is Backend.INDUCTOR:
             stage = f"Inductor compiles {name.value}"
-            ratio = run_cancellable(
-                lambda: check(compiled, request, self.error_ratio_bound), self.progress, stage
-            )
+            ratio = run_cancellable(lambda: check(compiled, request, self.error_ratio_bound), self.progress, stage)
             self._note(name, backend, ratio, watch.seconds())
         return compiled
 
@@ -107,9 +105,7 @@ class SegmentCompiler:
             _LOG.warning("The engine of %s works but is not kept: %s", name.value, error)
         return compiled
 
-    def _load(
-        self, name: SegmentName, plan: bytes, runtime_cache: bytes | None, watch: Stopwatch
-    ) -> TensorRTSegment:
+    def _load(self, name: SegmentName, plan: bytes, runtime_cache: bytes | None, watch: Stopwatch) -> TensorRTSegment:
         request = self.request(name)
         compiled = TensorRTSegment(request, plan, tensorrt_runtime(), self.scratch, runtime_cache)
         ratio = check(compiled, request, self.error_ratio_bound)

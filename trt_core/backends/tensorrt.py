@@ -1,4 +1,4 @@
-"""Segments compiled by TensorRT, weights as engine inputs: build through Torch-TensorRT, run by our own thin runtime."""
+"""Segments compiled by TensorRT, weights as engine inputs: built through Torch-TensorRT, run by our own runtime."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def build_plan(request: Request, timing_cache: str) -> bytes:
             f"Out of GPU memory while building {request.segment.name.value}.",
             fix="Close other programs that use the GPU, or lower the profile's largest size.",
         ) from error
-    _LOG.debug(
-        "built %s: %d bytes, %.1f s", request.segment.name.value, len(plan), time.perf_counter() - started
-    )
+    _LOG.debug("built %s: %d bytes, %.1f s", request.segment.name.value, len(plan), time.perf_counter() - started)
     return plan
 
 
@@ -117,9 +115,7 @@ class TensorRTSegment:
         self._segment, self._device, self._scratch = request.segment, request.device, scratch
         self._engine = runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise BuildFailed(
-                f"TensorRT cannot read the plan of {request.segment.name.value}.", fix="Clear the cache."
-            )
+            raise BuildFailed(f"TensorRT cannot read the plan of {request.segment.name.value}.", fix="Clear the cache.")
         self._context, self._runtime_cache = tensorrt_api.create_context(trt, self._engine, runtime_cache)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         is_input = {n: self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT for n in names}

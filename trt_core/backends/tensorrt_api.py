@@ -41,9 +41,7 @@ def load_tensorrt() -> TensorRT:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
-        raise MissingDependency(
-            f"{name} is installed but does not load: {error}", fix=_install_fix()
-        ) from error
+        raise MissingDependency(f"{name} is installed but does not load: {error}", fix=_install_fix()) from error
 
 
 def new_logger(trt: TensorRT) -> Any:
@@ -54,11 +52,7 @@ def new_logger(trt: TensorRT) -> Any:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            level = (
-                logging.WARNING
-                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
-                else logging.DEBUG
-            )
+            level = logging.WARNING if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) else logging.DEBUG
             _LOG.log(level, message)
 
     return Forward()
@@ -90,9 +84,7 @@ def serialized_engine(
             raise BuildFailed(f"TensorRT could not build the engine: {error}") from error
 
 
-def dynamic_input(
-    low: Sequence[int], opt: Sequence[int], high: Sequence[int], dtype: torch.dtype, name: str
-) -> Any:
+def dynamic_input(low: Sequence[int], opt: Sequence[int], high: Sequence[int], dtype: torch.dtype, name: str) -> Any:
     """A `torch_tensorrt.Input` with a range, or a fixed shape where the three are equal."""
     import torch_tensorrt
 

@@ -28,17 +28,13 @@ _CORE = Path(__file__).resolve().parents[1]
 _POLL_SECONDS = 0.05
 
 # `-c` instead of `-m` with PYTHONPATH: Windows' embedded Python, which ComfyUI ships with, ignores that variable.
-_START = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from {package}.backends.tensorrt_worker import main; main()"
-)
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from {package}.backends.tensorrt_worker import main; main()"
 
 
 class Builders:
     """Processes that build engines beside this one. Use as a context manager; leaving it kills what still runs."""
 
-    def __init__(
-        self, arch: FluxArchitecture, device: torch.device, processes: int, timing_cache: Path
-    ) -> None:
+    def __init__(self, arch: FluxArchitecture, device: torch.device, processes: int, timing_cache: Path) -> None:
         self._arch, self._device, self._timing_cache = arch, device, timing_cache
         self._folder = tempfile.TemporaryDirectory(prefix="trt_core_build_")
         self._log_path = Path(self._folder.name) / "worker.log"
@@ -47,8 +43,7 @@ class Builders:
         self._done: dict[int, bytes | TRTError] = {}
         self._workers = [self._start() for _ in range(processes)]
         self._threads = [
-            threading.Thread(target=self._serve, args=(w,), daemon=True, name="trt_core builder")
-            for w in self._workers
+            threading.Thread(target=self._serve, args=(w,), daemon=True, name="trt_core builder") for w in self._workers
         ]
         for thread in self._threads:
             thread.start()
@@ -75,7 +70,7 @@ class Builders:
         return outcome
 
     def finished(self, tickets: list[int]) -> Iterator[int]:
-        """Tickets as they finish, `-1` in every poll that brings none, so that the caller can look at its own cancel."""
+        """Tickets as they finish, and `-1` in every poll that brings none, so that the caller can look for a cancel."""
         waiting = list(tickets)
         while waiting:
             ready = [ticket for ticket in waiting if ticket in self._done]

@@ -36,9 +36,7 @@ def describe(request: Request, arch: FluxArchitecture) -> dict[str, Any]:
 
 
 def parse(fields: dict[str, Any], device: torch.device) -> Request:
-    arch = FluxArchitecture(
-        **{**fields["architecture"], "axes_dim": tuple(fields["architecture"]["axes_dim"])}
-    )
+    arch = FluxArchitecture(**{**fields["architecture"], "axes_dim": tuple(fields["architecture"]["axes_dim"])})
     profile = Profile(**{axis: ShapeRange(**bounds) for axis, bounds in fields["profile"].items()})
     built = segment(SegmentName(fields["segment"]), arch, attend)
     return Request(built, getattr(torch, fields["dtype"]), device, profile)

@@ -51,7 +51,7 @@ class FluxArchitecture:
 
     @classmethod
     def from_diffusers_config(cls, config: Mapping[str, Any]) -> FluxArchitecture:
-        """Reads the config of diffusers' `FluxTransformer2DModel`; raises `UnsupportedModel` where a number is missing."""
+        """Reads diffusers' `FluxTransformer2DModel` config; raises `UnsupportedModel` where a number is missing."""
         try:
             if config["patch_size"] != 1:
                 raise UnsupportedModel(f"patch_size is {config['patch_size']}; FLUX.1 has 1.")
@@ -115,9 +115,7 @@ def _depth(shapes: Shapes, kind: str) -> int:
     indices = {int(m[2]) for name in shapes if (m := _BLOCK.match(name)) and m[1] == kind}
     if indices != set(range(len(indices))):
         gap = min(set(range(max(indices) + 1)) - indices)
-        raise UnsupportedModel(
-            f"{kind}.{gap} is missing from the weights.", fix="Load a complete checkpoint."
-        )
+        raise UnsupportedModel(f"{kind}.{gap} is missing from the weights.", fix="Load a complete checkpoint.")
     return len(indices)
 
 
@@ -125,9 +123,7 @@ def _head_dim(shapes: Shapes) -> int:
     for name in ("double_blocks.0.img_attn.norm.query_norm.scale", "single_blocks.0.norm.query_norm.scale"):
         if name in shapes:
             return shapes[name][0]
-    raise UnsupportedModel(
-        "The weights have no block with q/k norms.", expected="FLUX.1 has them in every block."
-    )
+    raise UnsupportedModel("The weights have no block with q/k norms.", expected="FLUX.1 has them in every block.")
 
 
 def _mlp_hidden(shapes: Shapes, hidden: int) -> int:

@@ -81,7 +81,7 @@ class Segment:
         device: torch.device,
         seed: int = 0,
     ) -> list[Tensor]:
-        """Activations and weights filled with random numbers at the scale of a trained model, for building and checking."""
+        """Activations and weights with random numbers at the scale of a trained model, for building and checking."""
         generator = torch.Generator(device).manual_seed(seed)
 
         def normal(shape: tuple[int, ...], std: float, kind: torch.dtype) -> Tensor:
@@ -123,9 +123,7 @@ def source_version() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def segment(
-    name: SegmentName, arch: FluxArchitecture, attention: segments.AttentionFunction | None = None
-) -> Segment:
+def segment(name: SegmentName, arch: FluxArchitecture, attention: segments.AttentionFunction | None = None) -> Segment:
     """The named segment for one architecture. Whole blocks need the `attention` to put inside."""
     hidden, head, mlp = arch.hidden, arch.head_dim, arch.mlp_hidden
     img, txt = (Axis.BATCH, Axis.IMG, hidden), (Axis.BATCH, Axis.TXT, hidden)

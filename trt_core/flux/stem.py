@@ -26,9 +26,7 @@ def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10000.0) -
     Source: black-forest-labs/flux, src/flux/modules/layers.py.
     """
     half = dim // 2
-    frequencies = torch.exp(
-        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    )
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * frequencies[None]
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 

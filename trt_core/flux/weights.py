@@ -1,4 +1,4 @@
-"""Names and shapes of every weight of a FLUX.1 transformer, in Black Forest Labs' layout, and their diffusers sources."""
+"""Names and shapes of every weight of a FLUX.1 transformer in Black Forest Labs' layout, and diffusers' names."""
 
 from __future__ import annotations
 
@@ -175,12 +175,8 @@ def _norms(name: str, head_dim: int) -> dict[str, tuple[int, ...]]:
 
 
 def _stem_shapes(arch: FluxArchitecture) -> Iterator[tuple[str, tuple[int, ...]]]:
-    shapes = _linear("img_in", arch.hidden, arch.in_channels) | _linear(
-        "txt_in", arch.hidden, arch.context_dim
-    )
-    embedders = [("time_in", 256), ("vector_in", arch.vec_dim)] + (
-        [("guidance_in", 256)] if arch.guidance else []
-    )
+    shapes = _linear("img_in", arch.hidden, arch.in_channels) | _linear("txt_in", arch.hidden, arch.context_dim)
+    embedders = [("time_in", 256), ("vector_in", arch.vec_dim)] + ([("guidance_in", 256)] if arch.guidance else [])
     for name, width in embedders:
         shapes |= _linear(f"{name}.in_layer", arch.hidden, width)
         shapes |= _linear(f"{name}.out_layer", arch.hidden, arch.hidden)

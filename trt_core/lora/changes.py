@@ -35,9 +35,7 @@ class Change(ABC):
 
     def to(self, device: torch.device | str) -> Change:
         """The same change on `device`, every tensor in its own dtype; copies only what is elsewhere."""
-        return replace(
-            self, **{field.name: _moved(getattr(self, field.name), device) for field in fields(self)}
-        )
+        return replace(self, **{field.name: _moved(getattr(self, field.name), device) for field in fields(self)})
 
 
 class Additive(Change):

@@ -114,8 +114,7 @@ class Group:
         w1 = self._kronecker_side(Role.LOKR_W1, Role.LOKR_W1_A, Role.LOKR_W1_B)
         w2 = self._kronecker_side(Role.LOKR_W2, Role.LOKR_W2_A, Role.LOKR_W2_B)
         seen = tuple(
-            w1[0].shape[0] * w2[0].shape[0] if axis == 0 else w1[-1].shape[1] * w2[-1].shape[1]
-            for axis in (0, 1)
+            w1[0].shape[0] * w2[0].shape[0] if axis == 0 else w1[-1].shape[1] * w2[-1].shape[1] for axis in (0, 1)
         )
         if seen != shape:
             key = next(self.tensors[role][0] for role in _LOKR if role in self.tensors)
@@ -164,14 +163,10 @@ class Group:
         """The tensor of `role` as a matrix; 1 x 1 convolutions, as some extractors write, become one."""
         if role not in self.tensors:
             present = next(key for key, _ in self.tensors.values())
-            raise LoraMismatch(
-                f"LoRA key {present!r} has no {role.name.lower()} tensor beside it.", fix=_DAMAGED
-            )
+            raise LoraMismatch(f"LoRA key {present!r} has no {role.name.lower()} tensor beside it.", fix=_DAMAGED)
         key, tensor = self.tensors[role]
         if tensor.dim() < 2:
-            raise LoraMismatch(
-                f"LoRA key {key!r} has shape {list(tensor.shape)}.", expected="A matrix is expected."
-            )
+            raise LoraMismatch(f"LoRA key {key!r} has shape {list(tensor.shape)}.", expected="A matrix is expected.")
         return tensor.flatten(1) if tensor.dim() > 2 else tensor
 
     def _matrix_shape(self, shape: tuple[int, ...], role: Role) -> tuple[int, int]:

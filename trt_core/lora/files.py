@@ -71,9 +71,7 @@ def load_lora(path: str | Path, shapes: Shapes) -> Lora:
         _require_finite(tensors)
         read = read_keys(tensors, shapes, metadata)
     except (InvalidFile, LoraMismatch) as error:
-        named = type(error)(
-            f"{path.name}: {error.what}", expected=error.expected, fix=error.fix, widget=error.widget
-        )
+        named = type(error)(f"{path.name}: {error.what}", expected=error.expected, fix=error.fix, widget=error.widget)
         raise named from error
     ranks = tuple(sorted({patch.change.rank for patch in read.patches if patch.change.rank is not None}))
     lora = Lora(
@@ -162,18 +160,12 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _report(lora: Lora) -> None:
-    ranks = (
-        f"{lora.ranks[0]}-{lora.ranks[-1]}"
-        if len(lora.ranks) > 1
-        else "".join(map(str, lora.ranks)) or "none"
-    )
+    ranks = f"{lora.ranks[0]}-{lora.ranks[-1]}" if len(lora.ranks) > 1 else "".join(map(str, lora.ranks)) or "none"
     _log.info(
         "TRT LoRA: %s, %s keys, %d weights, rank %s, %.1f MB",
         lora.name, lora.format.value, len(lora.weights), ranks, lora.size_bytes / 1e6,
     )  # fmt: skip
     if lora.text_encoder_keys:
-        _log.info(
-            "TRT LoRA: %s has %d tensors for text encoders, not used here.", lora.name, lora.text_encoder_keys
-        )
+        _log.info("TRT LoRA: %s has %d tensors for text encoders, not used here.", lora.name, lora.text_encoder_keys)
     if not lora.patches:
         _log.warning("TRT LoRA: %s changes nothing in the FLUX transformer.", lora.name)

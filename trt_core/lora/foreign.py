@@ -24,7 +24,7 @@ _SIGNS: tuple[tuple[str, str], ...] = (
     ("Qwen-Image", r"transformer_blocks[._]\d+[._](?:img|txt)_(?:mlp[._]net|mod[._]1)"),
     (
         "HunyuanVideo",
-        r"(?:img|txt)_attn_(?:qkv|proj)|individual_token_refiner|txt_in[._](?:individual|t_embedder|c_emb)",
+        r"\.(?:img|txt)_attn_(?:qkv|proj)|individual_token_refiner|txt_in[._](?:individual|t_embedder|c_emb)",
     ),
     ("Wan", r"(?:^|[._])blocks[._]\d+[._](?:cross_attn|self_attn|ffn)"),
     ("LTX-Video or PixArt", r"transformer_blocks[._]\d+[._]attn[12][._]|caption_projection"),

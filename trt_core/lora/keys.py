@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +27,7 @@ class ReadKeys:
     text_encoder_keys: int
 
 
-def read_keys(
-    tensors: Mapping[str, Tensor], shapes: Shapes, metadata: Mapping[str, str] | None = None
-) -> ReadKeys:
+def read_keys(tensors: Mapping[str, Tensor], shapes: Shapes, metadata: Mapping[str, str] | None = None) -> ReadKeys:
     """All of `tensors` as patches to the architecture `shapes`, in the file's order; tensors are not copied.
 
     Raises `LoraMismatch` for any key that means nothing here or has the wrong shape, and `InvalidFile` where
@@ -65,34 +63,33 @@ def _groups(
     keys: Collection[str], tensors: Mapping[str, Tensor], table: TargetTable
 ) -> tuple[list[Group], Counter[LoraFormat]]:
     modules: dict[str, dict[Role, tuple[str, Tensor]]] = {}
+    meanings: dict[str, tuple[Target, LoraFormat]] = {}
     unknown: list[str] = []
     for key in keys:
-        parts = split_key(key)
-        if parts is None or table.find(parts[0]) is None:
+        name, role = split_key(key) or ("", Role.OTHER_METHOD)
+        meaning = table.find(name)
+        if meaning is None:
             unknown.append(key)
             continue
-        name, role = parts
+        meanings[name] = meaning
         tensors_of_module = modules.setdefault(name, {})
         if role in tensors_of_module:
             raise _two_adapters(tensors_of_module[role][0], key)
         tensors_of_module[role] = (key, tensors[key])
     if unknown:
-        raise _unknown_keys(unknown, keys, table)
-    return _without_copies(modules, table.find)
+        raise _unknown_keys(unknown, len(keys), tensors, table)
+    return _without_copies(modules, meanings)
 
 
 def _without_copies(
     modules: Mapping[str, Mapping[Role, tuple[str, Tensor]]],
-    find: Callable[[str], tuple[Target, LoraFormat] | None],
+    meanings: Mapping[str, tuple[Target, LoraFormat]],
 ) -> tuple[list[Group], Counter[LoraFormat]]:
     """One group per target. Some files hold every layer twice, in two namings; that must not count double."""
     groups: dict[tuple[str, tuple[int, int] | None], Group] = {}
     namings: Counter[LoraFormat] = Counter()
     for name, group_tensors in modules.items():
-        found = find(name)
-        if found is None:
-            continue
-        target, naming = found
+        target, naming = meanings[name]
         namings[naming] += 1
         group = Group(name, target, group_tensors)
         first = groups.setdefault((target.module, target.rows), group)
@@ -115,11 +112,11 @@ def _two_adapters(first: str, second: str) -> LoraMismatch:
     )
 
 
-def _unknown_keys(unknown: list[str], keys: Collection[str], table: TargetTable) -> LoraMismatch:
-    model = likely_model(unknown, keys)
+def _unknown_keys(unknown: list[str], total: int, all_keys: Collection[str], table: TargetTable) -> LoraMismatch:
+    model = likely_model(unknown, all_keys)
     made_for = f" It seems to be made for {model}." if model else _reason(unknown, table)
     return LoraMismatch(
-        f"{len(unknown)} of {len(keys)} LoRA keys fit no layer of this model{_first(unknown)}.{made_for}",
+        f"{len(unknown)} of {total} LoRA keys fit no layer of this model{_first(unknown)}.{made_for}",
         fix="Use a LoRA that was trained for this FLUX.1 model.",
     )
 

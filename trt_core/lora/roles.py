@@ -20,9 +20,7 @@ class Role(Enum):
     DORA_SCALE = r"dora_scale"
     DIFF = r"diff|w_norm"
     DIFF_BIAS = r"diff_b|b_norm"
-    NORM = (
-        r"(?<=query_norm\.)scale|(?<=key_norm\.)scale|(?<=\.norm_[qk]\.)weight|(?<=\.norm_added_[qk]\.)weight"
-    )
+    NORM = r"(?<=query_norm\.)scale|(?<=key_norm\.)scale|(?<=\.norm_[qk]\.)weight|(?<=\.norm_added_[qk]\.)weight"
     SET_WEIGHT = r"set_weight"
     HADA_W1_A = r"hada_w1_a"
     HADA_W1_B = r"hada_w1_b"
@@ -42,9 +40,7 @@ class Role(Enum):
     )
 
 
-_KEY = re.compile(
-    r"(?P<module>.+?)\.(?:" + "|".join(f"(?P<{role.name}>{role.value})" for role in Role) + r")"
-)
+_KEY = re.compile(r"(?P<module>.+?)\.(?:" + "|".join(f"(?P<{role.name}>{role.value})" for role in Role) + r")")
 
 _TEXT_ENCODER = re.compile(
     r"lora_(?:prior_)?te\d?[_.]|text_encoders?[._]|text_encoder_\d[._]|clip_[lgh][._]|t5(?:xxl)?[._]|bundle_emb\."

@@ -31,9 +31,7 @@ class PeftScaling:
             return cls()
         try:
             config: dict[str, Any] = json.loads(text)
-            values = {
-                key.removeprefix(_PREFIX): value for key, value in config.items() if key.startswith(_PREFIX)
-            }
+            values = {key.removeprefix(_PREFIX): value for key, value in config.items() if key.startswith(_PREFIX)}
             alpha = values.get("lora_alpha")
             patterns = {str(key): float(value) for key, value in (values.get("alpha_pattern") or {}).items()}
             for pattern in patterns:
@@ -47,9 +45,7 @@ class PeftScaling:
 
     def __call__(self, module: str, rank: int) -> float:
         """The scale for the module named `module` in the file."""
-        alpha = next(
-            (value for pattern, value in self.alpha_pattern.items() if _fits(pattern, module)), self.alpha
-        )
+        alpha = next((value for pattern, value in self.alpha_pattern.items() if _fits(pattern, module)), self.alpha)
         if alpha is None:
             return 1.0
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank

@@ -1,0 +1,60 @@
+"""What is measured: one frozen dataclass per scenario, and the list that a run goes through."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One process: a model, a way to run it, and what is measured on it.
+
+    `batches` are measured one after the other in this process; each gives a line. `lora` also measures a switch.
+    """
+
+    scenario: str
+    backend: str | None = None
+    base_weights: str | None = None
+    batches: tuple[int, ...] = (1,)
+    lora: bool = False
+    warm: bool = False
+    """Runs again in a second process with the cache that the first left, for `warm_first_call_seconds`."""
+    height_px: int = 1024
+    width_px: int = 1024
+    text_tokens: int = 512
+    precision: str = "bf16"
+    lora_rank: int = 16
+
+    @property
+    def name(self) -> str:
+        parts = [self.scenario, self.backend, f"base_{self.base_weights}" if self.base_weights else None]
+        return "-".join(part for part in parts if part)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Scenario:
+        known = {field.name for field in fields(cls)}
+        return cls(**{k: tuple(v) if k == "batches" else v for k, v in values.items() if k in known})
+
+
+SCENARIOS = (
+    Scenario("eager", batches=(1, 2)),
+    Scenario("compile_repeated_blocks", batches=(1, 2)),
+    Scenario("ours", "auto", "gpu", batches=(1, 2), lora=True, warm=True),
+    Scenario("ours", "auto", "host", lora=True),
+    Scenario("ours", "tensorrt", "gpu", batches=(1, 2), lora=True, warm=True),
+    Scenario("ours", "inductor", "gpu", batches=(1, 2), lora=True, warm=True),
+    Scenario("ours", "eager", "gpu", lora=True),
+    Scenario("mttm"),
+)
+
+
+def named(names: list[str]) -> list[Scenario]:
+    """Scenarios whose name starts with one of `names`; all of them for an empty list."""
+    found = [s for s in SCENARIOS if not names or any(s.name.startswith(name) for name in names)]
+    if not found:
+        raise SystemExit(f"No scenario is called {names}. There are: {', '.join(s.name for s in SCENARIOS)}.")
+    return found
