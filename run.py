@@ -37,12 +37,8 @@ DIFFUSERS = (
 )
 PACKAGES = (*DIFFUSERS, "sentencepiece", "protobuf", "pillow", "pytest>=8", "ruff>=0.17,<0.18")
 USAGE = "usage: python run.py demo [--help | options], python run.py test [options of pytest]"
-NOT_OFFERED = (
-    "pip's sources lack a package for this Python and system. Python 3.10 to 3.13 are the safe choice."
-)
-NO_NETWORK = (
-    "pip could not reach its package index. Check the network or proxy and run the same command again."
-)
+NOT_OFFERED = "pip's sources lack a package for this Python and system. Python 3.10 to 3.13 are the safe choice."
+NO_NETWORK = "pip could not reach its package index. Check the network or proxy and run the same command again."
 FAILURES = {
     r"No space left|Errno 28": "The disk is full. Free some space and run the same command again.",
     r"CERTIFICATE_VERIFY_FAILED": "The TLS certificate was refused. Behind a proxy set PIP_CERT to its file.",
@@ -164,7 +160,7 @@ def checked(command: list[str], what: str) -> str:
         for line in process.stdout:
             log.write(line)
             seen.append(line)
-            if re.match(r"\s*(Downloading|Installing collected)", line):
+            if re.match(r"\s*(Downloading .*[MG]B\)|Installing collected)", line):
                 say("      " + line.strip()[:100])
     output = "".join(seen)
     if process.returncode:
@@ -204,7 +200,7 @@ def make_venv(kind: str, gpu: str) -> Path:
 def refuse_cuda(pip: list[str]) -> None:
     """Raises `SetupError` if pip's sources would bring gigabytes of CUDA packages."""
     report = VENV / "report.json"
-    checked([*pip, "--dry-run", "--quiet", "--report", str(report), CPU_TORCH], "Looking for torch")
+    checked([*pip, "--dry-run", "--report", str(report), CPU_TORCH], "Looking for torch")
     unwanted = cuda_packages(json.loads(report.read_text(encoding="utf-8")))
     if unwanted:
         raise SetupError(
@@ -265,7 +261,7 @@ def prepare() -> tuple[Path, str]:
     if not python.exists() and shutil.disk_usage(ROOT).free < NEEDED_GB[kind] * 1e9:
         raise SetupError(f"About {NEEDED_GB[kind]} GB are needed in {ROOT}. Free some space and run again.")
     where = f"for {gpu}, about 10" if gpu else "without GPU (nvidia-smi finds none), about 3"
-    say(f"First run: installing into {VENV} {where} minutes. Later runs start at once.")
+    say(f"Installing into {VENV} {where} minutes. Later runs start at once.")
     start = time.monotonic()
     install(make_venv(kind, gpu), kind, gpu)
     write_state(kind=kind, python=sys.version, gpu=gpu, stamp=key)
