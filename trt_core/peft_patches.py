@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ from .lora.changes import Change, Difference, Dora, DoraRule, LowRank, Patch
 from .weights import WeightPatches
 
 _MERGEABLE_VARIANTS = {"DoraLinearVariant"}
+_ADDITIVE_LAYERS = {"LoHaLayer", "LoKrLayer", "FourierFTLayer", "RandLoraLayer"}
+"""PEFT's layers whose `get_delta_weight` is a sum to add. Others (OFT, BOFT, HRA) multiply the weight by it."""
 
 
 @dataclass(slots=True)
@@ -24,7 +27,8 @@ class PeftPatches:
 
 def read_patches(slots: Iterable[Slot], epoch: int) -> PeftPatches:
     """What the active adapters of these places do. `epoch` is part of every signature: raised where adapters may have
-    been changed in place, it makes the next refit merge them anew."""
+    been changed in place, it makes the next refit merge them anew. So does a base weight that was changed in place."""
+    slots = list(slots)
     result = PeftPatches()
     collected: dict[str, tuple[list[Hashable], list[tuple[Patch, float]]]] = {}
     for slot in slots:
@@ -40,6 +44,9 @@ def read_patches(slots: Iterable[Slot], epoch: int) -> PeftPatches:
             marks, patches = collected.setdefault(slot.name, ([epoch], []))
             marks.append((slot.rows, signature))
             patches.extend((Patch(slot.name, slot.rows, change), 1.0) for change in changes)
+    for slot in slots:
+        if slot.name in collected and (base := slot.parameter()) is not None:
+            collected[slot.name][0].append(base._version)
     result.weights = {n: WeightPatches(tuple(marks), tuple(p)) for n, (marks, p) in collected.items()}
     return result
 
@@ -52,15 +59,35 @@ def why_not_mergeable(layer: nn.Module) -> str | None:
             return (
                 f"its adapter {adapter!r} is a {_variant_name(variants[adapter])}, which is not a change of the weight"
             )
-        if not hasattr(layer, "lora_A") and not hasattr(layer, "get_delta_weight"):
-            return f"its adapter layer {type(layer).__name__} is unknown here"
+        if not _is_lora(layer) and not _is_additive(layer):
+            return f"its adapter {adapter!r} ({_kind(layer)}) is not a sum of the weight and a change"
     return None
+
+
+def _is_lora(layer: nn.Module) -> bool:
+    """Plain LoRA, with its variants; AdaLoRA is a subclass with other factors."""
+    bases = _base_names(type(layer))
+    return "LoraLayer" in bases and "AdaLoraLayer" not in bases
+
+
+def _is_additive(layer: nn.Module) -> bool:
+    return not _ADDITIVE_LAYERS.isdisjoint(_base_names(type(layer)))
+
+
+@functools.cache
+def _base_names(kind: type) -> frozenset[str]:
+    return frozenset(base.__name__ for base in kind.__mro__)
+
+
+def _kind(layer: nn.Module) -> str:
+    """PEFT calls most of its layers "Linear"; the module they come from says which method it is."""
+    return ".".join((*type(layer).__module__.split(".")[-2:-1], type(layer).__name__))
 
 
 def _weight_changes(layer: nn.Module) -> tuple[Hashable, list[Change]]:
     signature, changes = [], []
     for adapter in _active(layer):
-        if not hasattr(layer, "lora_A"):
+        if not _is_lora(layer):
             change: Change | None = _delta_change(layer, adapter)
         else:
             change = _lora_change(layer, adapter)
