@@ -113,9 +113,7 @@ class Group:
     def _kronecker(self, shape: tuple[int, ...], scaling: Scaling) -> Kronecker:
         w1 = self._kronecker_side(Role.LOKR_W1, Role.LOKR_W1_A, Role.LOKR_W1_B)
         w2 = self._kronecker_side(Role.LOKR_W2, Role.LOKR_W2_A, Role.LOKR_W2_B)
-        seen = tuple(
-            w1[0].shape[0] * w2[0].shape[0] if axis == 0 else w1[-1].shape[1] * w2[-1].shape[1] for axis in (0, 1)
-        )
+        seen = (w1[0].shape[0] * w2[0].shape[0], w1[-1].shape[1] * w2[-1].shape[1])
         if seen != shape:
             key = next(self.tensors[role][0] for role in _LOKR if role in self.tensors)
             raise self._wrong_shape(key, seen, shape)

@@ -31,7 +31,9 @@ class PeftScaling:
             return cls()
         try:
             config: dict[str, Any] = json.loads(text)
-            values = {key.removeprefix(_PREFIX): value for key, value in config.items() if key.startswith(_PREFIX)}
+            # A pipeline saves `transformer.lora_alpha`, a transformer alone saves `lora_alpha`.
+            ours = (key for key in config if key.startswith(_PREFIX) or "." not in key)
+            values = {key.removeprefix(_PREFIX): config[key] for key in ours}
             alpha = values.get("lora_alpha")
             patterns = {str(key): float(value) for key, value in (values.get("alpha_pattern") or {}).items()}
             for pattern in patterns:
