@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from .diffusers_binding import Slot
-from .lora.changes import Change, Difference, Dora, DoraRule, LowRank, Patch
+from .lora.changes import Change, Difference, Dora, DoraRule, Hadamard, Kronecker, LowRank, Patch
 from .weights import WeightPatches
 
 _MERGEABLE_VARIANTS = {"DoraLinearVariant"}
-_ADDITIVE_LAYERS = {"LoHaLayer", "LoKrLayer", "FourierFTLayer", "RandLoraLayer"}
-"""PEFT's layers whose `get_delta_weight` is a sum to add. Others (OFT, BOFT, HRA) multiply the weight by it."""
+
+Factors = Mapping[str, Tensor]
+"""Adapter name -> its tensor, as PEFT's layers hold them."""
 
 
 @dataclass(slots=True)
@@ -59,24 +60,20 @@ def why_not_mergeable(layer: nn.Module) -> str | None:
             return (
                 f"its adapter {adapter!r} is a {_variant_name(variants[adapter])}, which is not a change of the weight"
             )
-        if not _is_lora(layer) and not _is_additive(layer):
-            return f"its adapter {adapter!r} ({_kind(layer)}) is not a sum of the weight and a change"
+        if _reader(type(layer)) is None:
+            return f"its adapter {adapter!r} ({_kind(layer)}) is of a kind that is not merged here"
     return None
 
 
-def _is_lora(layer: nn.Module) -> bool:
-    """Plain LoRA, with its variants; AdaLoRA is a subclass with other factors."""
-    bases = _base_names(type(layer))
-    return "LoraLayer" in bases and "AdaLoraLayer" not in bases
-
-
-def _is_additive(layer: nn.Module) -> bool:
-    return not _ADDITIVE_LAYERS.isdisjoint(_base_names(type(layer)))
-
-
 @functools.cache
-def _base_names(kind: type) -> frozenset[str]:
-    return frozenset(base.__name__ for base in kind.__mro__)
+def _reader(kind: type) -> Callable[[nn.Module, str], Change | None] | None:
+    """What reads an adapter of this kind of layer; None where PEFT itself must run (OFT, IA3, AdaLoRA, ...)."""
+    bases = {base.__name__ for base in kind.__mro__}
+    if "LoraLayer" in bases and "AdaLoraLayer" not in bases:
+        return _lora_change
+    if "LoHaLayer" in bases:
+        return _loha_change
+    return _lokr_change if "LoKrLayer" in bases else None
 
 
 def _kind(layer: nn.Module) -> str:
@@ -86,11 +83,9 @@ def _kind(layer: nn.Module) -> str:
 
 def _weight_changes(layer: nn.Module) -> tuple[Hashable, list[Change]]:
     signature, changes = [], []
+    read = _reader(type(layer))
     for adapter in _active(layer):
-        if not _is_lora(layer):
-            change: Change | None = _delta_change(layer, adapter)
-        else:
-            change = _lora_change(layer, adapter)
+        change = read(layer, adapter) if read else None
         if change is not None:
             changes.append(change)
             signature.append((adapter, *_marks(layer, adapter)))
@@ -111,11 +106,24 @@ def _lora_change(layer: nn.Module, adapter: str) -> Change | None:
     return low_rank
 
 
-def _delta_change(layer: nn.Module, adapter: str) -> Change | None:
-    """LoHa, LoKr and PEFT's other additive adapters: PEFT itself computes the difference, its scale included."""
-    if not any(adapter in getattr(layer, name, {}) for name in layer.adapter_layer_names):
+def _loha_change(layer: nn.Module, adapter: str) -> Change | None:
+    if adapter not in layer.hada_w1_a:
         return None
-    return Difference(layer.get_delta_weight(adapter).detach())
+    factors = (layer.hada_w1_a, layer.hada_w1_b, layer.hada_w2_a, layer.hada_w2_b)
+    return Hadamard(*(factor[adapter].detach() for factor in factors), scale=float(layer.scaling[adapter]))
+
+
+def _lokr_change(layer: nn.Module, adapter: str) -> Change | None:
+    w1 = _whole_or_product(layer.lokr_w1, layer.lokr_w1_a, layer.lokr_w1_b, adapter)
+    w2 = _whole_or_product(layer.lokr_w2, layer.lokr_w2_a, layer.lokr_w2_b, adapter)
+    return Kronecker(w1, w2, float(layer.scaling[adapter])) if w1 and w2 else None
+
+
+def _whole_or_product(whole: Factors, left: Factors, right: Factors, adapter: str) -> tuple[Tensor, ...]:
+    """One factor of LoKr: a matrix, two whose product it is, or nothing where the layer lacks the adapter."""
+    if adapter in whole:
+        return (whole[adapter].detach(),)
+    return (left[adapter].detach(), right[adapter].detach()) if adapter in left else ()
 
 
 def _bias_changes(layer: nn.Module) -> tuple[Hashable, list[Change]]:
