@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from .diffusers_binding import DiffusersBinding
 from .eager_blocks import block_overrides, why_eager_blocks, why_eager_model
 from .errors import UnsupportedModel
 from .flux.architecture import FluxArchitecture
+from .forward_hooks import refuse_foreign_forward, swap_class
 from .host import Progress
 from .mutable_module import Extras, MutableTRTModule, Report
 from .peft_patches import read_patches
@@ -36,9 +38,10 @@ def compile_flux(transformer: nn.Module, config: CompileConfig, progress: Progre
     if getattr(transformer, _STATE, None) is not None:
         restore_flux(transformer)
     arch = FluxArchitecture.from_diffusers_config(transformer.config)
+    refuse_foreign_forward(transformer)
     # Not a registered submodule or buffer: state_dict, device and parameters stay diffusers' own.
     object.__setattr__(transformer, _STATE, CompiledState(transformer, arch, config, progress or TerminalProgress()))
-    transformer.__class__ = _compiled_class(type(transformer))
+    swap_class(transformer, _compiled_class(type(transformer)))
     return transformer
 
 
@@ -47,7 +50,7 @@ def restore_flux(transformer: nn.Module) -> nn.Module:
     state: CompiledState | None = getattr(transformer, _STATE, None)
     if state is not None:
         state.close()
-        transformer.__class__ = type(transformer).__mro__[1]
+        swap_class(transformer, type(transformer).__mro__[1])
         object.__delattr__(transformer, _STATE)
     return transformer
 
@@ -63,9 +66,10 @@ class CompiledState:
         self._model_said: set[str] = set()
         self._model = model
 
-    @property
-    def bound(self) -> bool:
-        return self._binding is not None
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledState:
+        """A copied transformer binds its own weights and compiles at its first call, from the cache where it can."""
+        module = self.module
+        return CompiledState(copy.deepcopy(self._model, memo), module.arch, module.config, module.progress)
 
     def prepare(self) -> bool:
         """Brings weights up to date with what diffusers and PEFT did since the last call.

@@ -8,15 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from .execution import Pe
+from .forward_hooks import find_hooked, has_own_forward
 from .mutable_module import DoubleOverride, SingleOverride
 
 _PLAIN_PROCESSORS = {"FluxAttnProcessor", "FluxAttnProcessor2_0"}
+_BLOCK_LISTS = {"transformer_blocks", "single_transformer_blocks"}
 
 
 def why_eager_model(model: nn.Module) -> str | None:
     """The reason why no block of the model can be compiled at the moment, or None."""
     if torch.is_grad_enabled() and model.training:
         return "it is being trained (gradients are on and the model is in training mode)"
+    for name, part in model._modules.items():
+        # accelerate's hooks here mean sequential offload, which binding refuses with advice.
+        if part is not None and name not in _BLOCK_LISTS and (found := find_hooked(part, name, accelerate=False)):
+            return f"{found} has hooks or another forward"
     return None
 
 
@@ -45,7 +51,7 @@ def block_overrides(model: Any, eager: dict[str, str]) -> tuple[dict[int, Double
 
 
 def _why_eager(block: nn.Module) -> str | None:
-    if "forward" in block.__dict__ or getattr(block, "_hf_hook", None) is not None:
+    if has_own_forward(block) or getattr(block, "_hf_hook", None) is not None:
         return "its forward was replaced (a cache or offload hook)"
     if block._forward_hooks or block._forward_pre_hooks:
         return "it has forward hooks"
@@ -57,6 +63,9 @@ def _why_eager(block: nn.Module) -> str | None:
         return f"its attention processor is {processor}"
     if getattr(attn, "fused_projections", False):
         return "its projections are fused by diffusers (call unfuse_qkv_projections())"
+    for name, part in block._modules.items():
+        if part is not None and (found := find_hooked(part, name)):
+            return f"its {found} has hooks or another forward"
     return None
 
 
