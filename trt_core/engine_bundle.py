@@ -63,8 +63,8 @@ class ImportReport:
 def export_bundle(cache: EngineCache, path: Path | str, digests: Collection[str] | None = None) -> ExportReport:
     """Writes this machine's entries, or those of `digests`, to the file `path`, whole or not at all.
 
-    Raises `CacheError` when there is nothing to export, an entry is lost or damaged, `path` cannot be written,
-    or it holds a file that is no bundle.
+    Raises `CacheError` when there is nothing to export, an entry is lost or damaged, or `path` cannot be
+    written or holds a file that is no bundle.
     """
     path = Path(path)
     entries = _chosen(cache, digests)

@@ -76,23 +76,22 @@ def load_verified(path: Path) -> Entry | None:
 
 
 def _settled(path: Path, read: Callable[[], _Read]) -> _Read:
-    """What `read` gives: again while the manifest changes, as an update under a reader's feet looks like damage."""
+    """What `read` gives once the manifest stands still: an update under a reader's feet looks like damage."""
     for _ in range(_MOST_UPDATES):
-        before = _stamp(path)
+        before = _manifest_bytes(path)
         try:
             return read()
         except UnusableError:
-            if _stamp(path) == before:
+            if _manifest_bytes(path) == before:
                 raise
     return read()
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _manifest_bytes(path: Path) -> bytes | None:
     try:
-        seen = (path / MANIFEST).lstat()
+        return atomic_files.read_regular(path / MANIFEST)
     except OSError:
         return None
-    return seen.st_ino, seen.st_mtime_ns
 
 
 def _load(path: Path) -> Entry | None:
