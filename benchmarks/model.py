@@ -17,6 +17,7 @@ LORA_TARGETS = (
 )  # fmt: skip
 """Every linear layer of every block, modulations included: 304 matrices in Black Forest Labs' layout."""
 SEED = 1
+_BRANCH_ENDS = ("to_out.0.weight", "to_add_out.weight", "net.2.weight", "proj_out.weight")
 
 
 def full_size_transformer(device: torch.device, **changes: Any) -> nn.Module:
@@ -40,12 +41,15 @@ def fill(model: nn.Module, adversarial: bool) -> None:
     for index, (name, parameter) in enumerate(model.named_parameters()):
         generator = torch.Generator(parameter.device).manual_seed(SEED * 100003 + index)
         if parameter.ndim > 1:
-            parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+            # Residual branches at a fifth: 57 blocks at full strength amplify one rounding to half of the output, which
+            # would leave nothing to compare.
+            branch_end = name.endswith(_BRANCH_ENDS) and "blocks" in name
+            parameter.normal_(0.0, (0.2 if branch_end else 1.0) * parameter.shape[1] ** -0.5, generator=generator)
         else:
             parameter.normal_(0.0, 0.1, generator=generator)
         if "norm_q" in name or "norm_k" in name or "norm_added" in name:
             parameter.mul_(2.0).add_(3.0 if adversarial else 1.0)
-        if adversarial and name.endswith(("to_out.0.weight", "net.2.weight", "proj_out.weight")) and "blocks" in name:
+        if adversarial and name.endswith(_BRANCH_ENDS) and "blocks" in name:
             parameter[:8].mul_(30.0)
         if adversarial and name.endswith((".linear.bias",)):
             parameter.mul_(10.0)

@@ -43,7 +43,8 @@ def measure(scenario: Scenario, folder: Path, warm: bool) -> Iterator[dict[str, 
                 line |= _lora_switch(scenario, transformer, lambda a=arguments: run(a))
             line["gpu_peak_bytes"] = peaks.gpu_bytes
             on_host = WEIGHTS_BYTES if scenario.base_weights == "host" else 0
-            line["host_peak_bytes_above_weights"] = max(0, peaks.host_bytes - on_host)
+            line["host_peak_bytes_above_weights"] = peaks.host_bytes_without(on_host)
+            line["host_counts_pinned"] = peaks.counts_pinned
             yield line
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,3 +34,5 @@ class Request:
     dtype: torch.dtype
     device: torch.device
     profile: Profile
+    reference: Callable[..., tuple[Tensor, ...]]
+    """The same function with PyTorch's general attention, which also runs in fp32."""

@@ -23,7 +23,7 @@ def error_ratio(compiled: CompiledSegment, request: Request) -> float:
     img = min(max(_CHECK_IMG_TOKENS, profile.img_tokens.min), profile.img_tokens.max)
     txt = min(max(_CHECK_TXT_TOKENS, profile.txt_tokens.min), profile.txt_tokens.max)
     inputs = segment.random_inputs(profile.batch.opt, img, txt, request.dtype, request.device)
-    function = segment.function
+    function = request.reference
     with torch.no_grad():
         reference = function(*(t.float() for t in inputs))
         eager = function(*inputs)

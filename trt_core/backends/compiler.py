@@ -58,7 +58,8 @@ class SegmentCompiler:
     def request(self, name: SegmentName, attention: Attention | None = None) -> Request:
         """`attention` None: PyTorch's general attention, which TensorRT turns into its own."""
         function = attend if attention is None else attention_function(attention)
-        return Request(segment(name, self.arch, function), self.dtype, self.device, self.profile)
+        reference = segment(name, self.arch, attend).function
+        return Request(segment(name, self.arch, function), self.dtype, self.device, self.profile, reference)
 
     def timing_cache(self) -> Path:
         """A file for TensorRT's tactic timings, one per GPU: Torch-TensorRT's default is one for all GPUs."""

@@ -39,7 +39,7 @@ def parse(fields: dict[str, Any], device: torch.device) -> Request:
     arch = FluxArchitecture(**{**fields["architecture"], "axes_dim": tuple(fields["architecture"]["axes_dim"])})
     profile = Profile(**{axis: ShapeRange(**bounds) for axis, bounds in fields["profile"].items()})
     built = segment(SegmentName(fields["segment"]), arch, attend)
-    return Request(built, getattr(torch, fields["dtype"]), device, profile)
+    return Request(built, getattr(torch, fields["dtype"]), device, profile, built.function)
 
 
 def main() -> None:

@@ -48,6 +48,10 @@ def conditioning(
 def modulation(weights: Weights, name: str, activated_vec: Tensor, hidden: int) -> Tensor:
     """[n, B, hidden]: the shifts, scales and gates that linear layer `name` makes of silu(vec) [B, hidden]."""
     out = linear(weights, name, activated_vec)
+    if out.shape[0] == 1:
+        # Not transpose().contiguous(): a batch of 1 counts as contiguous with any stride, and compiled segments are
+        # specialised on strides.
+        return out.view(-1, 1, hidden)
     return out.unflatten(-1, (-1, hidden)).transpose(0, 1).contiguous()
 
 
