@@ -15,6 +15,7 @@ from .base_storage import BaseStorage
 from .config import BaseWeights
 from .errors import LoraMismatch, OutOfMemory, TRTError
 from .lora.changes import Additive, Patch, merged
+from .lora.files import Lora
 
 _LOG = logging.getLogger("trt_core.refit")
 
@@ -197,3 +198,14 @@ def _add(bound: Tensor, base: Tensor, change: object, strength: float) -> None:
     delta = change.delta(bound.device).reshape(bound.shape)
     factor = strength * change.scale
     torch.add(base, delta if factor == 1 else delta.mul_(factor), out=bound)
+
+
+def file_patches(loras: Sequence[tuple[Lora, float]]) -> dict[str, WeightPatches]:
+    """What several LoRA files at their strengths do, by weight, in the order given; strength 0 touches nothing."""
+    collected: dict[str, tuple[list[Hashable], list[tuple[Patch, float]]]] = {}
+    for lora, strength in loras:
+        for patch in lora.patches if strength else ():
+            marks, patches = collected.setdefault(patch.weight, ([], []))
+            marks.append((lora.fingerprint, strength))
+            patches.append((patch, strength))
+    return {name: WeightPatches(tuple(marks), tuple(patches)) for name, (marks, patches) in collected.items()}
