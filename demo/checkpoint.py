@@ -22,6 +22,7 @@ DOUBLE_BLOCKS, SINGLE_BLOCKS = 2, 3
 HEADS, HEAD_DIM = 4, 32
 WIDTH = HEADS * HEAD_DIM
 TEXT_WIDTH = POOLED_WIDTH = 64
+TEXT_TOKENS = 64
 LORA_RANK, LORA_ALPHA = 8, 4.0
 VELOCITY_GAIN = 3.0
 """How far the model outweighs the noise a picture starts from; at 1 all pictures of a seed look alike."""
@@ -36,7 +37,7 @@ def write_tiny_pipeline(folder: Path | str, seed: int = 0) -> Path:
             vae=_vae(),
             text_encoder=_clip(write_clip_tokenizer(folder / "tokenizer")),
             tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-            text_encoder_2=_t5(write_t5_tokenizer(folder / "tokenizer_2")),
+            text_encoder_2=_t5(write_t5_tokenizer(folder / "tokenizer_2", TEXT_TOKENS)),
             tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
             transformer=_transformer(),
         )

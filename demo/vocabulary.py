@@ -61,7 +61,7 @@ def _merges(word: str) -> list[tuple[str, str]]:
     return [("".join(letters[:end]), letters[end]) for end in range(1, len(letters))]
 
 
-def write_t5_tokenizer(folder: Path, max_tokens: int = 512) -> int:
+def write_t5_tokenizer(folder: Path, max_tokens: int) -> int:
     """Writes a Unigram model for `T5TokenizerFast` and returns the size of its vocabulary."""
     letters = sorted(set(string.printable) - set(string.whitespace))
     words = [("▁" + word, -4.0) for word in WORDS]
