@@ -32,7 +32,7 @@ def text(result: Result) -> str:
         *table(("segment", "runs on"), sorted(report.segments.items())),
         *(f"{block} runs eagerly: {why}" for block, why in report.eager_blocks.items()),
         "",
-        f"Building took {report.build_seconds:.2f} s of the first call's first step; engines are cached for later runs.",
+        f"Building took {report.build_seconds:.2f} s of the first call; engines are cached for later runs.",
         "switch ms: restoring and merging the bound weights. LoRA call ms: diffusers' calls, which read the file and "
         "add its layers.",
         f"error: relative L2 of the latents against eager PyTorch. Noise floor: eager differs from itself by "
