@@ -36,7 +36,8 @@ from .plan import (
 _LOG = logging.getLogger("trt_core.plan")
 _PLAN_FILE = "plan.json"
 _BUILDER_PROCESSES = 2
-"""Two halve the wait for four engines; each costs a CUDA context (0.5 GB) and a Python with torch_tensorrt."""
+"""Two halve the wait for four engines; each costs a CUDA context (0.5 GB) and a Python with torch_tensorrt (1 GB).
+Beside Inductor one is enough: four engines take 25 s, Inductor's six segments 30 s."""
 
 Compiled = dict[tuple[SegmentName, Backend], CompiledSegment]
 
@@ -61,6 +62,8 @@ class PlanSearch:
         needed = {(name, backend) for name, backend, _ in plan.needed()}
         for key in [key for key in self.compiled if key not in needed]:
             self.compiled.pop(key).close()
+        if self.compiler.device.type == "cuda":
+            torch.cuda.empty_cache()  # what checks and measurements used: up to 1.5 GB for a full-size block
         return plan, self.compiled
 
     # -- a plan found before -------------------------------------------------------------------------------------
@@ -206,7 +209,7 @@ class PlanSearch:
                 meanwhile()
             return
         watch = Stopwatch()
-        processes = min(_BUILDER_PROCESSES, len(names))
+        processes = min(1 if meanwhile and self.config.backend is Backend.AUTO else _BUILDER_PROCESSES, len(names))
         compiler = self.compiler
         with Builders(compiler.arch, compiler.device, processes, compiler.timing_cache()) as builders:
             tickets = {builders.submit(compiler.request(name)): name for name in _longest_first(names)}

@@ -85,30 +85,33 @@ class BoundWeights:
     def refit(self, new: Mapping[str, WeightPatches]) -> RefitReport:
         """Writes base + sum of patches into the touched weights, each rounded once; others keep their bits.
 
-        A refit depends on `new` alone, not on what was applied before. On failure the weights from before are put
-        back: raises `OutOfMemory` or `LoraMismatch`.
+        A refit depends on `new` alone, not on what was applied before. On any failure, Ctrl-C too, the weights from
+        before are put back: raises `OutOfMemory` or `LoraMismatch`.
         """
         watch = Stopwatch()
         plan = plan_refit({n: p.signature for n, p in new.items()}, {n: p.signature for n, p in self._applied.items()})
         self._check(new)
         self._bases.keep({name: self.tensors[name] for name in plan.merge if name not in self._applied})
-        before = dict(self._applied)
+        written: list[str] = []
+        complete = False
         try:
-            for name in plan.restore:
-                self._write(name, ())
-            for name in plan.merge:
-                self._write(name, new[name].patches)
-                self._applied[name] = new[name]
+            for name in (*plan.restore, *plan.merge):
+                written.append(name)
+                self._write(name, new[name].patches if name in new else ())
+            complete = True
         except torch.OutOfMemoryError as error:
-            self._roll_back(plan, before)
             raise OutOfMemory(
                 "Out of GPU memory while merging a LoRA; the weights from before are back.",
                 fix='Use base_weights="host", or unload other models.',
                 widget="base_weights",
             ) from error
+        finally:
+            if not complete:
+                self._roll_back(plan, written)
         for name in plan.restore:
             del self._applied[name]
             self._bases.give_back(name)
+        self._applied.update({name: new[name] for name in plan.merge})
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self._report(plan, watch)
@@ -138,15 +141,19 @@ class BoundWeights:
         else:
             bound.copy_(merged(base, patches))
 
-    def _roll_back(self, plan: RefitPlan, before: Mapping[str, WeightPatches]) -> None:
-        """Puts every weight of a failed refit back; merged in host memory, because the GPU has just run out."""
-        self._applied = dict(before)
-        for name in (*plan.restore, *plan.merge):
-            patches = before[name].patches if name in before else ()
+    def _roll_back(self, plan: RefitPlan, written: Sequence[str]) -> None:
+        """Puts what a failed refit has written back; merged in host memory, because the GPU may have just run out."""
+        for name in written:
+            before = self._applied.get(name)
             base = self._bases[name].cpu()
-            result = merged(base, [(patch.to("cpu"), strength) for patch, strength in patches]) if patches else base
-            self.tensors[name].copy_(result)
-            if name not in before:
+            if before is None:
+                self.tensors[name].copy_(base)
+                continue
+            self.tensors[name].copy_(merged(base, [(patch.to("cpu"), strength) for patch, strength in before.patches]))
+            # Another device may round otherwise: the next refit merges it anew, to the bits of a fresh one.
+            self._applied[name] = WeightPatches(object(), before.patches)
+        for name in plan.merge:
+            if name not in self._applied:
                 self._bases.give_back(name)
 
     def _report(self, plan: RefitPlan, watch: Stopwatch) -> RefitReport:

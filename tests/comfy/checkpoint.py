@@ -70,9 +70,7 @@ class FluxShape:
         return linears
 
     def _norms(self) -> list[str]:
-        places = [
-            f"double_blocks.{i}.{stream}_attn" for i in range(self.double_blocks) for stream in ("img", "txt")
-        ]
+        places = [f"double_blocks.{i}.{stream}_attn" for i in range(self.double_blocks) for stream in ("img", "txt")]
         places += [f"single_blocks.{i}" for i in range(self.single_blocks)]
         return [f"{place}.norm.{which}_norm.scale" for place in places for which in ("query", "key")]
 
@@ -96,9 +94,7 @@ def write_flux_fp8_scaled(path: Path, shape: FluxShape, seed: int = 0) -> Path:
         weights[f"{layer}.weight"] = (weight / scale).to(torch.float8_e4m3fn)
         weights[f"{layer}.weight_scale"] = scale
     layers = {layer: {"format": "float8_e4m3fn"} for layer in shape.block_linears()}
-    return _write(
-        path, weights, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
-    )
+    return _write(path, weights, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})})
 
 
 def write_lora_kohya(path: Path, shape: FluxShape, seed: int, *, rank: int = 4, only: str = "") -> Path:

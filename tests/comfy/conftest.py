@@ -51,9 +51,7 @@ def comfyui() -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def server_process(
-    comfyui: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerProcess]:
+def server_process(comfyui: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The running server, with this repository as a pack (once it is one) and the test nodes linked in."""
     flags = shlex.split(os.environ["COMFYUI_FLAGS"]) if "COMFYUI_FLAGS" in os.environ else CPU_FLAGS
     process = ServerProcess(*comfyui, tmp_path_factory.mktemp("comfyui"), flags=flags)

@@ -72,9 +72,7 @@ class Events:
                 if found is not None:
                     return found
                 if not self._changed.wait(deadline - time.monotonic()):
-                    raise TimeoutError(
-                        f"No such message in {seconds:.0f} s; the last were {self._seen[-5:]}."
-                    )
+                    raise TimeoutError(f"No such message in {seconds:.0f} s; the last were {self._seen[-5:]}.")
 
     def _shake_hands(self) -> None:
         host, port = self._address

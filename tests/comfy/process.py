@@ -85,7 +85,7 @@ class ServerProcess:
         ]
 
     def _environment(self) -> dict[str, str]:
-        """On a CPU one thread unless the caller says more: busy cores wait for each other, many times slower."""
+        """On a CPU one thread, unless the caller sets it: on busy cores threads mostly wait for each other."""
         return ({"OMP_NUM_THREADS": "1"} if "--cpu" in self.flags else {}) | os.environ
 
     def _wait_until_ready(self) -> None:

@@ -122,7 +122,8 @@ class Server:
     def free(self, *, unload_models: bool = True, free_memory: bool = True) -> None:
         """The frontend's "free model and node cache"; returns when it is done.
 
-        The worker may take one prompt before it acts on the request; the second prompt here comes after it.
+        The worker may take one prompt before it acts on the request; the second prompt here comes after it. Models
+        then leave either by being unloaded, or with the node cache's entries that the first prompt does not use.
         """
         self.post("/free", {"unload_models": unload_models, "free_memory": free_memory})
         for _ in range(2):

@@ -31,9 +31,7 @@ def plain(server: Server) -> torch.Tensor:
     return server.latent(graph, graph.sample(graph.unet(), graph.text()))
 
 
-def controlled(
-    server: Server, *, reference: bool = False, cfg: float = 1.0, **options: object
-) -> torch.Tensor:
+def controlled(server: Server, *, reference: bool = False, cfg: float = 1.0, **options: object) -> torch.Tensor:
     graph = FluxGraph()
     text = graph.text()
     if reference:
@@ -96,9 +94,7 @@ def test_a_replaced_block_runs_in_place_of_the_original(
 ) -> None:
     def replaced(replacement: str) -> torch.Tensor:
         graph = FluxGraph()
-        model = graph.add(
-            "Test_ReplaceBlock", model=graph.unet(), kind=kind, index=index, replacement=replacement
-        )
+        model = graph.add("Test_ReplaceBlock", model=graph.unet(), kind=kind, index=index, replacement=replacement)
         return server.latent(graph, graph.sample(model, graph.text()))
 
     assert torch.equal(replaced("original"), plain)

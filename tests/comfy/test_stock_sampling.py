@@ -55,9 +55,7 @@ def test_sampler_settings_change_the_picture(server: Server, plain: torch.Tensor
     assert differs(sampled(server, **change), plain)
 
 
-@pytest.mark.parametrize(
-    "text", [{"seed": 2}, {"tokens": 40}, {"guidance": 1.0}, {"guidance_mode": "none"}], ids=str
-)
+@pytest.mark.parametrize("text", [{"seed": 2}, {"tokens": 40}, {"guidance": 1.0}, {"guidance_mode": "none"}], ids=str)
 def test_conditioning_changes_the_picture(server: Server, plain: torch.Tensor, text: dict) -> None:
     graph = FluxGraph()
     latent = server.latent(graph, graph.sample(graph.unet(), graph.text(**text)))
@@ -122,9 +120,7 @@ def test_reference_latents_change_the_picture(server: Server, plain: torch.Tenso
     for seed in (1, 2):
         reference = graph.picture(seed, width=128, height=192)
         text = graph.add("ReferenceLatent", conditioning=text, latent=reference)
-    text = graph.add(
-        "FluxKontextMultiReferenceLatentMethod", conditioning=text, reference_latents_method=method
-    )
+    text = graph.add("FluxKontextMultiReferenceLatentMethod", conditioning=text, reference_latents_method=method)
     latent = server.latent(graph, graph.sample(graph.unet(), text))
     assert latent.shape == plain.shape
     assert differs(latent, plain)

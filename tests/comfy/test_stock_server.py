@@ -80,7 +80,7 @@ def test_loaders_stay_cached_while_sampling_runs_anew(server: Server) -> None:
     assert sampler not in cached
 
 
-def test_progress_and_texts_arrive(server: Server) -> None:
+def test_progress_arrives_while_sampling(server: Server) -> None:
     with server.events() as events:
         graph = FluxGraph()
         latent = graph.sample(graph.unet(), graph.text(), steps=4)
@@ -89,6 +89,17 @@ def test_progress_and_texts_arrive(server: Server) -> None:
         steps = [event.data["value"] for event in events.of("progress", latent.node_id)]
     assert steps[-1] == 4
     assert steps == sorted(steps)
+
+
+def test_texts_on_nodes_arrive(server: Server) -> None:
+    with server.events() as events:
+        graph = FluxGraph()
+        nodes = [graph.add("Test_Text", text="3 layers, 12 ms", nonce=graph.nonce) for _ in range(2)]
+        result = server.submit(graph)
+        for node in nodes:
+            events.wait_for(lambda event, node=node: event.kind == "text" and event.data["node"] == node.node_id)
+            assert events.texts(node.node_id) == ["3 layers, 12 ms"]
+            assert result.ui(node)["text"] == ["3 layers, 12 ms"]
 
 
 def test_cancel_stops_sampling_and_leaves_everything_usable(server: Server) -> None:
@@ -108,17 +119,25 @@ def test_cancel_stops_sampling_and_leaves_everything_usable(server: Server) -> N
     assert server.latent(again, again.sample(again.unet(), again.text())).isfinite().all()
 
 
-def test_free_unloads_the_model_and_the_next_run_gives_the_same_bits(server: Server, tmp_path: Path) -> None:
-    def run(path: Path) -> torch.Tensor:
+def test_free_lets_go_of_the_model_and_the_next_run_gives_the_same_bits(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+
+    def run() -> tuple[torch.Tensor, list[str]]:
         graph = FluxGraph()
         model = graph.add("Test_Spy", model=graph.unet(), path=str(path))
-        return server.latent(graph, graph.sample(model, graph.text()))
+        path.unlink(missing_ok=True)
+        latent = server.latent(graph, graph.sample(model, graph.text()))
+        return latent, events()
 
-    before = run(tmp_path / "before.jsonl")
+    def events() -> list[str]:
+        return [json.loads(line)["event"] for line in path.read_text().splitlines()]
+
+    before, _ = run()
     server.free()
-    events = [json.loads(line) for line in (tmp_path / "before.jsonl").read_text().splitlines()]
-    assert [True] in [event["args"] for event in events if event["event"] == "on_detach_after"]
-    assert torch.equal(run(tmp_path / "after.jsonl"), before)
+    assert events()[-1] == "on_detach_after"
+    again, loaded = run()
+    assert "on_load_after" in loaded
+    assert torch.equal(again, before)
 
 
 def test_a_server_that_cannot_start_says_why(comfyui: tuple[Path, Path], tmp_path: Path) -> None:

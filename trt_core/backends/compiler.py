@@ -82,8 +82,8 @@ class SegmentCompiler:
         if entry is None:
             return None
         watch = Stopwatch()
-        runtime_cache = entry.read(_RUNTIME_CACHE_FILE) if _RUNTIME_CACHE_FILE in entry else None
         try:
+            runtime_cache = entry.read(_RUNTIME_CACHE_FILE) if _RUNTIME_CACHE_FILE in entry else None
             return self._load(name, entry.read(_PLAN_FILE), runtime_cache, watch)
         except (BuildFailed, CacheError) as error:
             _LOG.warning("The cached engine of %s is built again: %s", name.value, error)

@@ -37,9 +37,7 @@ class RandomControl(ControlBase):
     ) -> dict | None:
         previous = None
         if self.previous_controlnet is not None:
-            previous = self.previous_controlnet.get_control(
-                x_noisy, t, cond, batched_number, transformer_options
-            )
+            previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
         start, end = self.timestep_range
         if t[0] > start or t[0] < end:
             return previous

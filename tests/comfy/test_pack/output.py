@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from safetensors.torch import save_file
+from server import PromptServer
 
 from .conditioning import CATEGORY, seed_input
 
@@ -44,3 +45,24 @@ class Nothing(io.ComfyNode):
     @classmethod
     def execute(cls, nonce: int) -> io.NodeOutput:
         return io.NodeOutput()
+
+
+class Text(io.ComfyNode):
+    """Shows a line on itself while it runs."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Test_Text",
+            category=CATEGORY,
+            inputs=[io.String.Input("text"), seed_input("nonce")],
+            outputs=[],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            not_idempotent=True,  # else an equal node's cached run would answer, and its id would be used
+        )
+
+    @classmethod
+    def execute(cls, text: str, nonce: int) -> io.NodeOutput:
+        PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)
+        return io.NodeOutput(ui=ui.PreviewText(text))

@@ -69,17 +69,13 @@ class Scale:
     def attn1_output_patch(self, attn: torch.Tensor, extra_options: dict) -> torch.Tensor:
         return attn * self.factor
 
-    def attention_override(
-        self, attention: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def attention_override(self, attention: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         return attention(*args, **kwargs) * self.factor
 
     def model_function_wrapper(self, apply_model: Callable[..., torch.Tensor], args: dict) -> torch.Tensor:
         return apply_model(args["input"], args["timestep"], **args["c"]) * self.factor
 
-    def diffusion_model_wrapper(
-        self, executor: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def diffusion_model_wrapper(self, executor: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         return executor(*args, **kwargs) * self.factor
 
 

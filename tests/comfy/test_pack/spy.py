@@ -33,9 +33,7 @@ class Recorder:
                 "class": type(patcher).__name__,
                 "keys": len(patcher.patches),
             }
-            self.write(
-                event, **facts, patches_uuid=str(patcher.patches_uuid), args=[describe(arg) for arg in args]
-            )
+            self.write(event, **facts, patches_uuid=str(patcher.patches_uuid), args=[describe(arg) for arg in args])
 
         return record
 
@@ -54,9 +52,7 @@ class Recorder:
             for hook in hooks:
                 hook.remove()
             described = {name: describe(value) for name, value in kwargs.items()}
-            self.write(
-                "diffusion_model", args=[describe(arg) for arg in args], kwargs=described, blocks=calls
-            )
+            self.write("diffusion_model", args=[describe(arg) for arg in args], kwargs=described, blocks=calls)
 
 
 def describe(value: Any) -> Any:
