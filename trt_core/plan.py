@@ -40,6 +40,10 @@ class BlockChoice:
     backends: tuple[Backend, ...]
     attention: Attention
 
+    def __post_init__(self) -> None:
+        if len(self.backends) != len(self.segments):
+            raise ValueError(f"a {self.layout.value} block has {len(self.segments)} segments, not {len(self.backends)}")
+
     @property
     def segments(self) -> tuple[SegmentName, ...]:
         return SPLIT_SEGMENTS[self.kind] if self.layout is Layout.SPLIT else (WHOLE_SEGMENT[self.kind],)
@@ -97,7 +101,7 @@ class Plan:
         return cls(
             double=_choice(fields["double"]),
             single=_choice(fields["single"]),
-            profile=Profile(**{axis: ShapeRange(**bounds) for axis, bounds in fields["profile"].items()}),
+            profile=Profile(**{axis: ShapeRange(**bounds) for axis, bounds in dict(fields["profile"]).items()}),
             measurements=tuple(Measurement(**m) for m in fields["measurements"]),
         )
 
