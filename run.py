@@ -28,13 +28,7 @@ CPU_TORCH = "torch==2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 WINDOWS_CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 NEEDED_GB = {"cpu": 3, "gpu": 18}
-DIFFUSERS = (
-    "diffusers>=0.35,<1",
-    "transformers>=4.50",
-    "peft>=0.17",
-    "accelerate>=1.0",
-    "safetensors>=0.4.3",
-)
+DIFFUSERS = ("diffusers>=0.35,<1", "transformers>=4.50", "peft>=0.17", "accelerate>=1.0", "safetensors>=0.4.3")
 PACKAGES = (*DIFFUSERS, "sentencepiece", "protobuf", "pillow", "pytest>=8", "ruff>=0.17,<0.18")
 USAGE = "usage: python run.py demo [--help | options], python run.py test [options of pytest]"
 NOT_OFFERED = "pip's sources lack a package for this Python and system. Python 3.10 to 3.13 are the safe choice."
@@ -77,9 +71,9 @@ def torch_arguments(kind: str, system: str, cpu_index_reachable: bool) -> list[s
 
 
 def cuda_packages(report: dict) -> list[str]:
-    """The CUDA packages in the report of `pip install --dry-run`; a CPU build of torch needs none."""
-    names = (item["metadata"]["name"] for item in report["install"])
-    return sorted(name for name in names if re.match(r"nvidia-|cuda-|triton", name))
+    """The CUDA packages that torch in the report of `pip install --dry-run` needs; a CPU build needs none."""
+    needs = (need for item in report["install"] for need in item["metadata"].get("requires_dist", ()))
+    return sorted(re.split(r"[^\w-]", need)[0] for need in needs if re.match(r"nvidia-|cuda-|triton", need))
 
 
 def pytest_arguments(arguments: list[str], gpu: bool, root: Path = ROOT) -> list[str]:
@@ -200,11 +194,11 @@ def make_venv(kind: str, gpu: str) -> Path:
 def refuse_cuda(pip: list[str]) -> None:
     """Raises `SetupError` if pip's sources would bring gigabytes of CUDA packages."""
     report = VENV / "report.json"
-    checked([*pip, "--dry-run", "--report", str(report), CPU_TORCH], "Looking for torch")
+    checked([*pip, "--dry-run", "--no-deps", "--report", str(report), CPU_TORCH], "Looking for torch")
     unwanted = cuda_packages(json.loads(report.read_text(encoding="utf-8")))
     if unwanted:
         raise SetupError(
-            f"{CPU_INDEX} cannot be reached, and pip's own sources bring {len(unwanted)} CUDA packages, which"
+            f"{CPU_INDEX} cannot be reached, and the torch of pip's sources needs {len(unwanted)} CUDA packages, which"
             " are of no use without an NVIDIA GPU. Make that address reachable and run again."
         )
 

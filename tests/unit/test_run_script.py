@@ -75,12 +75,16 @@ def test_torch_that_torch_tensorrt_exists_for_with_a_gpu() -> None:
 
 
 def test_cuda_packages_of_a_dry_run_are_found() -> None:
-    def report(*names: str) -> dict:
-        return {"install": [{"metadata": {"name": name}} for name in names]}
+    def report(*needs: str) -> dict:
+        return {"install": [{"metadata": {"name": "torch", "requires_dist": list(needs)}}]}
 
-    assert run.cuda_packages(report("torch", "filelock", "sympy")) == []
-    cuda = run.cuda_packages(report("torch", "nvidia-cudnn-cu13", "triton", "cuda-toolkit", "jinja2"))
-    assert cuda == ["cuda-toolkit", "nvidia-cudnn-cu13", "triton"]
+    assert run.cuda_packages(report("filelock", "sympy>=1.13.3")) == []
+    assert run.cuda_packages({"install": [{"metadata": {"name": "torch"}}]}) == []
+    linux = '; platform_system == "Linux"'
+    cuda = run.cuda_packages(
+        report("jinja2", "nvidia-cudnn-cu13==9.20" + linux, "cuda-toolkit[cublas]==13.0.2" + linux)
+    )
+    assert cuda == ["cuda-toolkit", "nvidia-cudnn-cu13"]
 
 
 def test_all_suites_that_fit_the_machine(tmp_path: Path) -> None:
