@@ -20,15 +20,38 @@ _SLAB_BYTES = 2**30
 a 132 MB weight by itself would take 256 MB."""
 
 
+class HostSlabs:
+    """Pinned host memory, handed out piece by piece and kept for the next use: pinning takes 0.4 s per GiB."""
+
+    def __init__(self) -> None:
+        self._slabs: list[Tensor] = []
+        self._current, self._used = 0, 0
+
+    def take(self, like: Tensor) -> Tensor:
+        """A pinned tensor of the shape and dtype of `like`, valid until `reset`. Raises `OutOfMemory`."""
+        size = like.numel() * like.element_size()
+        start = -(-self._used // 256) * 256
+        while self._current < len(self._slabs) and start + size > self._slabs[self._current].numel():
+            self._current, start = self._current + 1, 0
+        if self._current == len(self._slabs):
+            self._slabs.append(_pinned(max(_SLAB_BYTES, size)))
+        self._used = start + size
+        return self._slabs[self._current][start : start + size].view(like.dtype).view(like.shape)
+
+    def reset(self) -> None:
+        """Everything handed out is free again; the memory stays pinned."""
+        self._current, self._used = 0, 0
+
+
 class BaseStorage:
     """Copies of base weights by name. `mode` says where new ones go; `AUTO` looks at free GPU memory each time."""
 
-    def __init__(self, mode: BaseWeights, device: torch.device) -> None:
+    def __init__(self, mode: BaseWeights, device: torch.device, slabs: HostSlabs | None = None) -> None:
         self._mode, self._device = mode, device
         self._gpu: dict[str, Tensor] = {}
         self._host: dict[str, Tensor] = {}
-        self._slab: Tensor | None = None
-        self._slab_used = 0
+        self._slabs = slabs or HostSlabs()
+        self._slabs.reset()
 
     def __contains__(self, name: str) -> bool:
         return name in self._gpu or name in self._host
@@ -56,7 +79,7 @@ class BaseStorage:
         """Drops every copy; the weights they belong to are gone or were replaced."""
         self._gpu.clear()
         self._host.clear()
-        self._slab, self._slab_used = None, 0
+        self._slabs.reset()
 
     @property
     def gpu_bytes(self) -> int:
@@ -92,17 +115,9 @@ class BaseStorage:
     def _keep_on_host(self, weights: Mapping[str, Tensor]) -> None:
         copies = {}
         for name, tensor in weights.items():
-            copies[name] = self._host_space(tensor).copy_(tensor, non_blocking=True)
+            copies[name] = self._slabs.take(tensor).copy_(tensor, non_blocking=True)
         torch.cuda.synchronize(self._device)
         self._host.update(copies)
-
-    def _host_space(self, like: Tensor) -> Tensor:
-        size = like.numel() * like.element_size()
-        start = -(-self._slab_used // 256) * 256
-        if self._slab is None or start + size > self._slab.numel():
-            self._slab, start = _pinned(max(_SLAB_BYTES, size)), 0
-        self._slab_used = start + size
-        return self._slab[start : start + size].view(like.dtype).view(like.shape)
 
 
 def _pinned(size_bytes: int) -> Tensor:

@@ -110,12 +110,14 @@ class CompiledState:
 
     def _refit(self, patches: dict[str, WeightPatches]) -> None:
         binding = self._present_binding()
+        if not self.module.weights.needs(patches):
+            return
         try:
-            changed = self.module.refit(patches)
+            self.module.refit(patches)
         finally:
             # Also after a failed refit: parameters must never show a merged weight.
             binding.point_at_bases(self.module.weights)
-        if changed is not None and not patches:
+        if not patches:
             # Bases kept in host memory may go stale once parameters show the bound tensors again (fuse_lora).
             self.module.weights.forget_bases()
 
@@ -123,7 +125,7 @@ class CompiledState:
         if self._binding is None or not self._binding.same_blocks(self._model):
             self._bind()
             return
-        moved = self._binding.moved(self.module.weights)
+        moved = self._binding.moved()
         if not moved:
             return
         restored = {slot.name for slot in moved} & self.module.weights.touched
@@ -135,6 +137,7 @@ class CompiledState:
             if parameter is not None and data is not None:
                 parameter.data = data
         reason = self._binding.bring_home([slot for slot, _ in reassigned])
+        self._binding.point_at_bases(self.module.weights)
         _LOG.info("%d re-assigned weights brought home (%d under a LoRA)", len(moved), len(restored))
         if reason is not None:
             _LOG.info("binding the model again: %s", reason)

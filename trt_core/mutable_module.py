@@ -13,6 +13,7 @@ from torch import Tensor
 from .backends.base import CompiledSegment
 from .backends.compiler import SegmentCompiler
 from .background import Stopwatch
+from .base_storage import HostSlabs
 from .config import Backend, CompileConfig, Layout, Profile
 from .engine_cache import EngineCache
 from .errors import ShapeOutsideProfile, TRTError, UnsupportedModel
@@ -95,6 +96,7 @@ class MutableTRTModule:
         self.state = ModuleState.EMPTY
         self.build_seconds, self.builds = 0.0, 0
         self.last_refit: RefitReport | None = None
+        self._slabs = HostSlabs()
         self._cache = EngineCache(self.config.cache_folder)
         self._compiled: dict[Layout | None, _Compiled] = {}
         self._weights: BoundWeights | None = None
@@ -114,7 +116,7 @@ class MutableTRTModule:
         check_complete(self.arch, {name: tuple(tensor.shape) for name, tensor in weights.items()})
         _check_uniform(weights)
         before = self._weights
-        self._weights = BoundWeights({n: t.detach() for n, t in weights.items()}, self.config.base_weights)
+        self._weights = BoundWeights({n: t.detach() for n, t in weights.items()}, self.config.base_weights, self._slabs)
         if before is not None and (before.device != self._weights.device or _dtype(before) != _dtype(self._weights)):
             self._drop_compiled()
         self._scale_first = scale_first
@@ -150,6 +152,7 @@ class MutableTRTModule:
         self._drop_compiled()
         self._weights = None
         self._double_weights, self._single_weights = [], []
+        self._slabs = HostSlabs()
         self.state = ModuleState.CLOSED
 
     # -- the call --------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ class PlanSearch:
         return best, times[best]
 
     def _wanted(self, backend: Backend) -> list[SegmentName]:
-        """Segments to build at first: halves for TensorRT and eager, whole blocks (in auto also halves) for Inductor."""
+        """Segments to build first: halves for TensorRT and eager, whole blocks (in auto halves too) for Inductor."""
         halves = [name for kind in BlockKind for name in SPLIT_SEGMENTS[kind]]
         wholes = [WHOLE_SEGMENT[kind] for kind in BlockKind]
         if self.layout is Layout.SPLIT:

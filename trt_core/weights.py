@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .background import Stopwatch
-from .base_storage import BaseStorage
+from .base_storage import BaseStorage, HostSlabs
 from .config import BaseWeights
 from .errors import LoraMismatch, OutOfMemory, TRTError
 from .lora.changes import Additive, Patch, merged
@@ -59,10 +59,10 @@ def plan_refit(new: Mapping[str, Hashable], applied: Mapping[str, Hashable]) -> 
 class BoundWeights:
     """Tensors by BFL name, written in place by `refit` and never moved: engines and graphs keep their addresses."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], mode: BaseWeights) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], mode: BaseWeights, slabs: HostSlabs | None = None) -> None:
         self.tensors = dict(tensors)
         self.device = next(iter(self.tensors.values())).device
-        self._bases = BaseStorage(mode, self.device)
+        self._bases = BaseStorage(mode, self.device, slabs)
         self._applied: dict[str, WeightPatches] = {}
 
     @property

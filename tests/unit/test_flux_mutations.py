@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tests.unit.tiny_flux import FP32_BOUND, bfl_weights, fp32_error, tiny_transformer
 from trt_core import mutable_module
-from trt_core.flux import rope, segments, stem
+from trt_core.flux import fused, rope, segments, stem
 
 Weights = dict[str, Tensor]
 
@@ -86,9 +86,9 @@ CODE_MISTAKES = {
     "RoPE axes exchanged": (mutable_module, "rope_cos_sin", _axes_swapped),
     "RoPE of another theta": (mutable_module, "rope_cos_sin", lambda ids, axes, _: rope.rope_cos_sin(ids, axes, 1e3)),
     "RoPE backwards over tokens": (mutable_module, "rope_cos_sin", _backwards),
-    "RoPE turning the other way": (segments, "rotate", lambda x, cos, sin: rope.rotate(x, cos, -sin)),
-    "RoPE pairing halves": (segments, "rotate", _pairs_by_halves),
-    "no RoPE": (segments, "rotate", lambda x, cos, sin: x),
+    "RoPE turning the other way": (fused, "rotate", lambda x, cos, sin: rope.rotate(x, cos, -sin)),
+    "RoPE pairing halves": (fused, "rotate", _pairs_by_halves),
+    "no RoPE": (fused, "rotate", lambda x, cos, sin: x),
     "shift and scale exchanged": (
         segments, "modulated_norm", lambda x, shift, scale: stem.modulated_norm(x, scale, shift)
     ),
@@ -97,8 +97,8 @@ CODE_MISTAKES = {
         lambda x, shift, scale: stem.modulated_norm(x, shift, scale - 1),
     ),
     "layer norm's epsilon": (segments, "EPS", 1e-2),
-    "no q/k norm": (segments, "rms_norm", lambda x, scale: x * scale),
-    "q/k norm without gain": (segments, "rms_norm", lambda x, scale: functional.rms_norm(x, x.shape[-1:])),
+    "no q/k norm": (fused, "rms_norm", lambda x, scale: x * scale),
+    "q/k norm without gain": (fused, "rms_norm", lambda x, scale: functional.rms_norm(x, x.shape[-1:])),
     "no gate": (segments, "gate", lambda value: 1.0),
     "exact gelu": (
         segments, "mlp",

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import Backend
 from ..errors import BuildFailed
 from ..flux.catalogue import Axis, Segment
+from ..flux.fused import load_kernels
 from .base import Request
 
 
@@ -39,6 +40,7 @@ class InductorSegment:
         self._segment = request.segment
         self._dynamic = _dynamic_axes(request.segment)
         self._seen: set[tuple[int, ...]] = set()
+        load_kernels()
         self._compiled = torch.compile(_private_copy(request.segment.function), fullgraph=True)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..config import Profile, ShapeRange
-from . import rope, segments, weights
+from . import fused, rope, segments, weights
 from .architecture import FluxArchitecture
 
 
@@ -119,7 +120,8 @@ def axis_range(profile: Profile, axis: Axis) -> ShapeRange:
 @lru_cache(maxsize=1)
 def source_version() -> str:
     """Digest of the code that defines the segments: part of every engine's cache key, so an edit is a miss."""
-    text = "".join(inspect.getsource(module) for module in (segments, rope))
+    text = "".join(inspect.getsource(module) for module in (segments, fused, rope))
+    text += Path(fused.__file__).with_name("triton_kernels.py").read_text()
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -16,12 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rope import rotate
+from .fused import EPS, joint_norm_rope, norm_rope
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q, k, v), each [B, L, H, D], to [B, L, H * D]."""
-
-EPS = 1e-6
 
 
 def double_qkv(
@@ -35,9 +33,10 @@ def double_qkv(
     txt_qkv_out = F.linear(modulated_norm(txt, txt_mod[0], txt_mod[1]), txt_qkv, txt_qkv_bias)
     img_q, img_k, img_v = split_heads(img_qkv_out, img_query_norm.shape[0])
     txt_q, txt_k, txt_v = split_heads(txt_qkv_out, img_query_norm.shape[0])
-    img_q, img_k = normed_rotated(img_q, img_k, img_query_norm, img_key_norm, img_cos, img_sin)
-    txt_q, txt_k = normed_rotated(txt_q, txt_k, txt_query_norm, txt_key_norm, txt_cos, txt_sin)
-    return torch.cat((txt_q, img_q), 1), torch.cat((txt_k, img_k), 1), torch.cat((txt_v, img_v), 1)
+    pe = (txt_cos, txt_sin, img_cos, img_sin)
+    q = joint_norm_rope(txt_q, img_q, txt_query_norm, img_query_norm, *pe)
+    k = joint_norm_rope(txt_k, img_k, txt_key_norm, img_key_norm, *pe)
+    return q, k, torch.cat((txt_v, img_v), 1)
 
 
 def double_out(
@@ -70,8 +69,7 @@ def single_qkv_mlp(
     wide = F.linear(modulated_norm(x, mod[0], mod[1]), linear1, linear1_bias)
     hidden = x.shape[-1]
     q, k, _ = split_heads(wide[..., : 3 * hidden], query_norm.shape[0])
-    q, k = normed_rotated(q, k, query_norm, key_norm, cos, sin)
-    return q, k, wide
+    return norm_rope(q, query_norm, cos, sin), norm_rope(k, key_norm, cos, sin), wide
 
 
 def single_out(
@@ -137,24 +135,6 @@ def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Fused [B, L, 3 * hidden] as q, k, v [B, L, H, D]: q's rows first, then k's, then v's."""
     q, k, v = qkv.chunk(3, dim=-1)
     return q.unflatten(-1, (-1, head_dim)), k.unflatten(-1, (-1, head_dim)), v.unflatten(-1, (-1, head_dim))
-
-
-def normed_rotated(
-    q: Tensor, k: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    """q and k after RMS norm over the head dimension and RoPE, rounded once to their dtype."""
-    return (
-        rotate(rms_norm(q, query_norm), cos, sin).to(q.dtype),
-        rotate(rms_norm(k, key_norm), cos, sin).to(k.dtype),
-    )
-
-
-def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
-    """RMS norm over the last axis. Compiled, it stays in fp32 and is fused with RoPE; eager, it is one kernel."""
-    if not torch.compiler.is_compiling():
-        return F.rms_norm(x, (x.shape[-1],), scale, eps=EPS)
-    wide = x.float()
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * scale.float()
 
 
 def finite(x: Tensor) -> Tensor:
