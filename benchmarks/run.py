@@ -106,10 +106,14 @@ def main() -> None:
             sys.stdout.flush()
 
 
+_SHOWN = (
+    "step_ms", "ratio_to_eager", "first_call_seconds", "warm_first_call_seconds", "lora_switch_ms", "lora_refit_ms",
+    "lora_first_ms", "lora_step_ms", "plan_bytes", "host_peak_bytes_above_weights", "gpu_peak_bytes", "error_ratio",
+)  # fmt: skip
+
+
 def _summary(scenario: Scenario, line: dict[str, Any]) -> str:
-    shown = ("step_ms", "ratio_to_eager", "first_call_seconds", "warm_first_call_seconds", "lora_switch_ms", "lora_refit_ms",
-             "lora_first_ms", "lora_step_ms", "plan_bytes", "host_peak_bytes_above_weights", "gpu_peak_bytes", "error_ratio")  # fmt: skip
-    values = [f"{name} {line[name]:.4g}" for name in shown if name in line]
+    values = [f"{name} {line[name]:.4g}" for name in _SHOWN if name in line]
     return f"{scenario.name} b{line['batch']}: " + ", ".join(values)
 
 
