@@ -46,7 +46,7 @@ def compile_transformer(
         rebuild_outside_profile,
         cache_folder,
     )
-    transformer = getattr(pipe_or_transformer, "transformer", pipe_or_transformer)
+    transformer = _denoiser(pipe_or_transformer)
     if not isinstance(transformer, nn.Module):
         raise UnsupportedModel(
             f"{type(pipe_or_transformer).__name__} has no transformer.",
@@ -63,10 +63,10 @@ def restore_transformer(pipe_or_transformer: Any) -> nn.Module:
     """The transformer as diffusers made it: base weights back bit for bit, its own class, nothing of ours left."""
     from .compiled_flux import restore_flux
 
-    transformer = getattr(pipe_or_transformer, "transformer", pipe_or_transformer)
+    transformer = _denoiser(pipe_or_transformer)
     original = getattr(transformer, "_trt_stock_original", None)
     if original is not None:
-        pipe_or_transformer.transformer = original
+        _replace(pipe_or_transformer, transformer, original)
         return original
     return restore_flux(transformer)
 
@@ -75,9 +75,22 @@ def _with_stock_module(pipe_or_transformer: Any, transformer: nn.Module) -> nn.M
     from .backends.mttm import stock_module
 
     wrapped = stock_module(transformer)
-    if pipe_or_transformer is not transformer:
-        pipe_or_transformer.transformer = wrapped
+    _replace(pipe_or_transformer, transformer, wrapped)
     return wrapped
+
+
+def _denoiser(pipe_or_transformer: Any) -> Any:
+    """The pipeline's transformer, or its UNet (SDXL, Kandinsky); a model itself."""
+    for name in ("transformer", "unet"):
+        if (found := getattr(pipe_or_transformer, name, None)) is not None:
+            return found
+    return pipe_or_transformer
+
+
+def _replace(pipe: Any, old: nn.Module, new: nn.Module) -> None:
+    for name in ("transformer", "unet"):
+        if getattr(pipe, name, None) is old:
+            setattr(pipe, name, new)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .attention_ranking import rank_attention
 from .backends.base import CompiledSegment
 from .backends.compiler import SegmentCompiler
 from .backends.inductor import why_not_inductor
@@ -15,8 +16,7 @@ from .backends.tensorrt_builders import Builders
 from .background import Stopwatch
 from .config import Attention, Backend, CompileConfig, Layout
 from .engine_cache import EngineKey
-from .errors import BuildFailed, CacheError, MissingDependency, TRTError
-from .flux.attention import attention_function, runnable_kernels
+from .errors import BuildFailed, CacheError, MissingDependency, OutOfMemory, TRTError
 from .flux.catalogue import SegmentName, source_version
 from .gpu import current_gpu, why_not_tensorrt
 from .host import stop_if_cancelled
@@ -55,16 +55,42 @@ class PlanSearch:
     measurements: list[Measurement] = field(default_factory=list)
 
     def run(self) -> tuple[Plan, Compiled]:
-        """The plan and the compiled segments it needs; everything else that was built is closed again."""
-        plan = self._remembered()
-        if plan is None or not self._load(plan):
-            plan = self._search()
+        """The plan and the compiled segments it needs; everything else that was built is closed again.
+
+        Raises `BuildCancelled`, `BuildFailed`, `MissingDependency` and `OutOfMemory`; then nothing is left behind.
+        """
+        try:
+            plan = self._found_or_searched()
+        except torch.OutOfMemoryError as error:
+            self._close_all()
+            raise OutOfMemory(
+                "Out of GPU memory while compiling and measuring; the weights are untouched.",
+                fix="Unload other models, or start with a smaller picture.",
+            ) from error
+        except BaseException:  # Ctrl-C too: what was built by then must not keep GPU memory
+            self._close_all()
+            raise
         needed = {(name, backend) for name, backend, _ in plan.needed()}
         for key in [key for key in self.compiled if key not in needed]:
             self.compiled.pop(key).close()
         if self.compiler.device.type == "cuda":
             torch.cuda.empty_cache()  # what checks and measurements used: up to 1.5 GB for a full-size block
         return plan, self.compiled
+
+    def _found_or_searched(self) -> Plan:
+        """The remembered plan, else a new one; two processes that want the same one search once."""
+        plan = self._remembered()
+        if plan is not None and self._load(plan):
+            return plan
+        with self.compiler.cache.lock(self._key(), self.compiler.progress.cancelled):
+            plan = self._remembered()
+            return plan if plan is not None and self._load(plan) else self._search()
+
+    def _close_all(self) -> None:
+        while self.compiled:
+            self.compiled.popitem()[1].close()
+        if self.compiler.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # -- a plan found before -------------------------------------------------------------------------------------
 
@@ -80,6 +106,8 @@ class PlanSearch:
             "opt": None if self.config.profile is None else profile.img_tokens.opt,
             "dtype": str(compiler.dtype), "source": source_version(), "backend": self.config.backend.value,
             "attention": self.config.attention.value, "layout": self.layout.value if self.layout else None,
+            # A compiler that was installed since makes a new choice possible.
+            "left_out": sorted(backend.value for backend, reason in self._reasons().items() if reason),
         }  # fmt: skip
         return EngineKey("plan", fields)
 
@@ -114,7 +142,8 @@ class PlanSearch:
 
     def _search(self) -> Plan:
         watch = Stopwatch()
-        attention, attention_ms = self._rank_attention()
+        attention, attention_ms, ranked = rank_attention(self.compiler, self.config.attention)
+        self.measurements += ranked
         backends = self._backends()
         if Backend.TENSORRT in backends:
             self._build_with_tensorrt(backends, attention)
@@ -142,11 +171,7 @@ class PlanSearch:
         if self.config.backend is Backend.AUTO and device.type != "cuda":
             self._leave_out("all segments", Backend.INDUCTOR, 'no GPU; backend="inductor" compiles for the CPU')
             return [Backend.EAGER]
-        reasons = {
-            Backend.TENSORRT: why_not_tensorrt(current_gpu() if device.type == "cuda" else None),
-            Backend.INDUCTOR: why_not_inductor(device),
-            Backend.EAGER: None,
-        }
+        reasons = self._reasons()
         wanted = list(reasons) if self.config.backend is Backend.AUTO else [self.config.backend]
         for backend in wanted:
             if reason := reasons[backend]:
@@ -159,25 +184,14 @@ class PlanSearch:
                 self._leave_out("all segments", backend, reason)
         return [backend for backend in wanted if reasons[backend] is None]
 
-    def _rank_attention(self) -> tuple[Attention, float]:
-        """The fastest attention kernel for the profile's optimum, and its milliseconds."""
-        arch, device, opt = self.compiler.arch, self.compiler.device, self.compiler.profile
-        if self.config.attention is not Attention.AUTO:
-            kernels = [self.config.attention]
-        else:
-            kernels = runnable_kernels(self.compiler.dtype, device, arch.heads, arch.head_dim)
-        if len(kernels) > 1:
-            # Never the fastest on a GPU, and its L x L logits would take gigabytes: only where nothing else runs.
-            kernels = [kernel for kernel in kernels if kernel is not Attention.MATH]
-        tokens = opt.img_tokens.opt + opt.txt_tokens.opt
-        q = torch.randn(opt.batch.opt, tokens, arch.heads, arch.head_dim, device=device, dtype=self.compiler.dtype)
-        times = {}
-        for kernel in kernels:
-            function = attention_function(kernel)
-            times[kernel] = median_milliseconds(lambda f=function: f(q, q, q), device, 5, 1)
-            self.measurements.append(Measurement("attention", kernel.value, times[kernel]))
-        best = min(times, key=lambda kernel: times[kernel])
-        return best, times[best]
+    def _reasons(self) -> dict[Backend, str | None]:
+        """Every backend and why it cannot be built on this machine, or None."""
+        device = self.compiler.device
+        return {
+            Backend.TENSORRT: why_not_tensorrt(current_gpu() if device.type == "cuda" else None),
+            Backend.INDUCTOR: why_not_inductor(device),
+            Backend.EAGER: None,
+        }
 
     def _wanted(self, backend: Backend) -> list[SegmentName]:
         """Segments to build first: halves for TensorRT and eager, whole blocks (in auto halves too) for Inductor."""

@@ -44,11 +44,12 @@ def runnable_kernels(dtype: torch.dtype, device: torch.device, heads: int, head_
     """The kernels that this device runs for heads of this size, tried on a few tokens. A CPU has one: `AUTO`."""
     if device.type != "cuda":
         return [Attention.AUTO]
+    return [kernel for kernel in _SDP_BACKEND if runs(kernel, dtype, device, heads, head_dim)]
+
+
+def runs(kernel: Attention, dtype: torch.dtype, device: torch.device, heads: int, head_dim: int) -> bool:
+    """Whether this kernel runs on this device for heads of this size, tried on a few tokens."""
     sample = torch.randn(1, 64, heads, head_dim, device=device, dtype=dtype)
-    return [kernel for kernel in _SDP_BACKEND if _runs(kernel, sample)]
-
-
-def _runs(kernel: Attention, sample: Tensor) -> bool:
     try:
         attention_function(kernel)(sample, sample, sample)
     except RuntimeError:  # PyTorch's "No available kernel"
