@@ -1,0 +1,110 @@
+"""Inductor for real, on the CPU: equal to diffusers, one compilation for all token counts, refused where it is bad."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tests.unit.bound_weights import low_rank, one
+from tests.unit.tiny_flux import (
+    FP32_BOUND,
+    bfl_weights,
+    call_inputs,
+    loaded,
+    run,
+    run_diffusers,
+    shapes_of,
+    tiny_transformer,
+)
+from trt_core.backends.base import Request
+from trt_core.backends.check import relative_l2
+from trt_core.backends.inductor import InductorSegment, why_not_inductor
+from trt_core.config import Backend, Profile
+from trt_core.errors import BuildFailed, MissingDependency
+from trt_core.flux.architecture import FluxArchitecture
+from trt_core.flux.catalogue import SegmentName, segment
+
+CPU = torch.device("cpu")
+SMALL = {"double": 1, "single": 1, "head_dim": 16}
+
+
+def graphs() -> int:
+    """Graphs that Dynamo has handed to Inductor so far in this process."""
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(scope="module")
+def module_and_model(tmp_path_factory: pytest.TempPathFactory):
+    model = tiny_transformer(**SMALL, adversarial=True)
+    return loaded(bfl_weights(model), tmp_path_factory.mktemp("cache"), Backend.INDUCTOR), model
+
+
+def test_equals_diffusers_and_is_compiled_once(module_and_model) -> None:
+    module, model = module_and_model
+    inputs = call_inputs(model)
+    assert relative_l2(run(module, inputs), run_diffusers(model, inputs)) <= FP32_BOUND
+    compiled = graphs()
+    for sizes in ({"height": 9, "width": 7, "text": 11}, {"height": 2, "width": 3, "text": 2}):
+        inputs = call_inputs(model, **sizes)
+        assert relative_l2(run(module, inputs), run_diffusers(model, inputs)) <= FP32_BOUND
+    assert graphs() == compiled, "a new resolution compiled again"
+    report = module.report()
+    assert report.segments["double_block"].startswith("inductor (whole inductor")
+    assert {m.what for m in report.measurements if m.error_ratio is not None} == {"double_block", "single_block"}
+    assert module.builds == 1
+
+
+def test_refit_needs_no_compilation_and_is_seen(module_and_model) -> None:
+    module, model = module_and_model
+    inputs = call_inputs(model)
+    before, compiled = run(module, inputs), graphs()
+    name = "double_blocks.0.img_attn.proj.weight"
+    change = low_rank((32, 32), 4, torch.Generator().manual_seed(3), size=0.2)
+    module.refit(one(name, change))
+    merged = tiny_transformer(**SMALL, adversarial=True)
+    with torch.no_grad():
+        merged.transformer_blocks[0].attn.to_out[0].weight += change.delta(CPU) * change.scale
+    reference = run_diffusers(merged, inputs)
+    assert relative_l2(run(module, inputs), reference) <= FP32_BOUND
+    assert relative_l2(before, reference) > 0.001
+    module.refit({})
+    assert torch.equal(run(module, inputs), before)
+    assert graphs() == compiled
+
+
+def test_another_batch_is_one_more_compilation_and_other_batches_none() -> None:
+    arch = FluxArchitecture.from_shapes(shapes_of(bfl_weights(tiny_transformer(**SMALL))))
+    described = segment(SegmentName.SINGLE_OUT, arch)
+    asked = Request(described, torch.float32, CPU, Profile.around(1, 40, 7), described.function)
+    compiled = InductorSegment(asked)
+    counts = []
+    for batch, img in ((1, 40), (1, 24), (2, 40), (3, 16)):
+        inputs = described.random_inputs(batch, img, 7, torch.float32, CPU)
+        before = graphs()
+        assert relative_l2(compiled(*inputs)[0], described.function(*inputs)[0]) < 1e-6
+        counts.append(graphs() - before)
+    assert counts == [1, 0, 1, 0]
+
+
+def test_a_segment_beyond_the_bound_is_refused(tmp_path: Path) -> None:
+    """No rounding is exactly 0 times eager's, so this bound refuses a good segment as it would a bad one."""
+    model = tiny_transformer(**SMALL, adversarial=True)
+    module = loaded(bfl_weights(model), tmp_path, Backend.INDUCTOR, error_ratio_bound=0.0)
+    with pytest.raises(BuildFailed, match=r"inductor's double_block has .* times eager PyTorch's error"):
+        run(module, call_inputs(model))
+    assert module.builds == 0
+    assert not list(tmp_path.rglob("plan.json")), "a bad plan was stored"
+
+
+def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert why_not_inductor(CPU) == "no C compiler was found, which torch.compile needs"
+    model = tiny_transformer(**SMALL)
+    module = loaded(bfl_weights(model), tmp_path, Backend.INDUCTOR)
+    with pytest.raises(
+        MissingDependency, match=r'backend="inductor" cannot be used here: no C compiler.*backend="auto"'
+    ):
+        run(module, call_inputs(model))
