@@ -56,4 +56,5 @@ def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
 
 def _use_kernels(x: Tensor) -> bool:
     """Only inside Inductor's code: TensorRT's export must see plain operations, and eager is everyone's reference."""
-    return x.is_cuda and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    # Not is_exporting(): Dynamo answers True to that as well.
+    return x.is_cuda and torch.compiler.is_dynamo_compiling()
