@@ -123,6 +123,7 @@ class CompiledState:
 
     def _bind_or_bring_home(self) -> None:
         if self._binding is None or not self._binding.same_blocks(self._model):
+            self.release()
             self._bind()
             return
         moved = self._binding.moved()
