@@ -14,6 +14,7 @@ from .backends.base import CompiledSegment
 from .backends.compiler import SegmentCompiler
 from .background import Stopwatch
 from .base_storage import HostSlabs
+from .block_runner import BlockRunner
 from .config import Backend, CompileConfig, Layout, Profile
 from .engine_cache import EngineCache
 from .errors import ShapeOutsideProfile, TRTError, UnsupportedModel
@@ -23,13 +24,14 @@ from .flux.architecture import FluxArchitecture
 from .flux.attention import attention_function
 from .flux.catalogue import SegmentName
 from .flux.rope import rope_cos_sin
-from .flux.weights import DOUBLE_OUT, DOUBLE_QKV, SINGLE_OUT, SINGLE_QKV_MLP, check_complete
+from .flux.weights import DOUBLE_OUT, DOUBLE_QKV, SINGLE_OUT, SINGLE_QKV_MLP, check_complete, weight_shapes
 from .host import Progress, Silent
 from .plan import BlockKind, Measurement, Plan
 from .plan_search import PlanSearch
 from .weights import BoundWeights, RefitReport, WeightPatches
 
 _LOG = logging.getLogger("trt_core.module")
+_BLOCKS = ("double_blocks.", "single_blocks.")
 
 DoubleOverride = Callable[[Tensor, Tensor, Tensor, Pe], tuple[Tensor, Tensor]]
 """(img, txt, vec, pe) to (img, txt): somebody else's double block in place of the compiled one."""
@@ -114,12 +116,25 @@ class MutableTRTModule:
         """
         self._refuse_closed()
         check_complete(self.arch, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+        self._bind(weights)
+        self._scale_first = scale_first
+
+    def load_blocks(self, weights: Mapping[str, Tensor]) -> None:
+        """Binds the blocks' weights alone, for a host that computes what surrounds them itself (`runner`).
+
+        Otherwise as `load`; the module itself cannot be called then.
+        """
+        self._refuse_closed()
+        around = {name: shape for name, shape in weight_shapes(self.arch).items() if not name.startswith(_BLOCKS)}
+        check_complete(self.arch, around | {name: tuple(tensor.shape) for name, tensor in weights.items()})
+        self._bind(weights)
+
+    def _bind(self, weights: Mapping[str, Tensor]) -> None:
         _check_uniform(weights)
         before = self._weights
         self._weights = BoundWeights({n: t.detach() for n, t in weights.items()}, self.config.base_weights, self._slabs)
         if before is not None and (before.device != self._weights.device or _dtype(before) != _dtype(self._weights)):
             self._drop_compiled()
-        self._scale_first = scale_first
         tensors = self._weights.tensors
         self._double_weights = [
             [tensors[f"double_blocks.{i}.{n}"] for n in DOUBLE_QKV + DOUBLE_OUT] for i in range(self.arch.double_depth)
@@ -145,10 +160,12 @@ class MutableTRTModule:
 
     def close(self) -> None:
         """Restores the bound weights to their base, closes all segments and lets go of every tensor."""
-        if self.state is ModuleState.CLOSED:
-            return
-        if self._weights is not None:
+        if self.state is not ModuleState.CLOSED and self._weights is not None:
             self._weights.restore()
+        self.discard()
+
+    def discard(self) -> None:
+        """As `close` for tensors that nobody else reads: they are let go of as they are, without a merge or a copy."""
         self._drop_compiled()
         self._weights = None
         self._double_weights, self._single_weights = [], []
@@ -209,6 +226,22 @@ class MutableTRTModule:
             if residual is not None:
                 x[:, pe.txt_tokens :].add_(residual.to(x.dtype))
         return x
+
+    def runner(self, batch: int, img_tokens: int, txt_tokens: int, masked: bool = False) -> BlockRunner:
+        """The blocks one by one for these shapes, compiled now where they are not. Raises as the call does."""
+        compiled = self.compiled_for(batch, img_tokens, txt_tokens, masked)
+        blocks = (self._double_weights, self._single_weights)
+        return BlockRunner(compiled.double, compiled.single, self.weights.tensors, self.arch.hidden, *blocks)
+
+    def reconfigure(self, config: CompileConfig) -> None:
+        """Other choices for the weights that are bound: what was compiled is dropped where it may differ.
+
+        `base_weights` applies to what a later `load` binds.
+        """
+        if config != self.config:
+            self.config, self._cache = config, EngineCache(config.cache_folder)
+            self._drop_compiled()
+            self.state = ModuleState.LOADED if self._weights is not None else ModuleState.EMPTY
 
     # -- compiling -------------------------------------------------------------------------------------------------
 
@@ -319,7 +352,7 @@ def _parts(
 
 
 def _dtype(weights: BoundWeights) -> torch.dtype:
-    return weights.tensors["img_in.weight"].dtype
+    return next(iter(weights.tensors.values())).dtype
 
 
 def _at(residuals: Sequence[Tensor | None], index: int) -> Tensor | None:

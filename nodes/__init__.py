@@ -1,0 +1,19 @@
+"""The pack's nodes for ComfyUI. They register without TensorRT, ModelOpt or a GPU."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
+
+from .adapters.host import register_engine_folder
+from .compile_transformer import CompileTransformer
+
+
+class TRTExtension(ComfyExtension):
+    @override
+    async def on_load(self) -> None:
+        register_engine_folder()
+
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [CompileTransformer]

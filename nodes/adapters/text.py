@@ -1,0 +1,63 @@
+"""What a node says about a run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from ...trt_core.mutable_module import Report
+from ...trt_core.weights import RefitReport
+from .host import show
+
+REFIT_NODES = "trt_core.refit_nodes"
+"""Attachment of a patcher: ids of TRT LoRA Refit nodes that want to show what a refit took."""
+
+
+class RunText:
+    """Collects what happened in one run."""
+
+    def __init__(self) -> None:
+        self.eager_model = ""
+        self.eager: dict[str, str] = {}
+        self.refit: RefitReport | None = None
+        self._calls = 0
+
+    def called(self, eager: Mapping[str, str]) -> None:
+        self._calls += 1
+        self.eager |= eager
+
+    def refitted(self, patcher: Any, node_id: str) -> None:
+        """Shows what the refit touched, on our node and on the LoRA nodes that asked for it."""
+        line = refit_line(self.refit)
+        for each in (node_id, *patcher.attachments.get(REFIT_NODES, ())):
+            show(each, line)
+
+    def summary(self, report: Report, blocks: Sequence[str], foreign: Collection[str]) -> str:
+        """Several lines: how many blocks ran compiled and by what, LoRA, builds, and who ran the other blocks why."""
+        left_out = set(self.eager) | set(foreign)
+        compiled = len(blocks) - len(left_out) if self._calls else 0
+        backends = sorted({words for name, words in report.segments.items() if not name.startswith("stem")})
+        lines = [f"{compiled} of {len(blocks)} blocks compiled" + (f": {'; '.join(backends)}" if backends else "")]
+        lines.append(refit_line(self.refit))
+        lines.append(f"builds: {report.builds} ({report.build_seconds:.1f} s for the last)")
+        return "\n".join([*lines, *_by_reason(self.eager)])
+
+
+def refit_line(refit: RefitReport | None) -> str:
+    if refit is None:
+        return "LoRA: no layers touched"
+    return (
+        f"LoRA: {refit.layers} layers touched ({refit.merged} merged, {refit.restored} restored), "
+        f"{refit.milliseconds:.0f} ms"
+    )
+
+
+def _by_reason(eager: Mapping[str, str]) -> list[str]:
+    ordered = sorted(eager.items(), key=lambda item: item[1])
+    lines = []
+    for reason, group in groupby(ordered, key=lambda item: item[1]):
+        names = [name for name, _ in group]
+        who = names[0] if len(names) == 1 else f"{len(names)} blocks"
+        lines.append(f"ComfyUI runs {who}: {reason}")
+    return lines
