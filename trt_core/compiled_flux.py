@@ -37,12 +37,18 @@ def compile_flux(transformer: nn.Module, config: CompileConfig, progress: Progre
         )
     if getattr(transformer, _STATE, None) is not None:
         restore_flux(transformer)
-    arch = FluxArchitecture.from_diffusers_config(transformer.config)
+    arch = _architecture(transformer)
     refuse_foreign_forward(transformer)
     # Not a registered submodule or buffer: state_dict, device and parameters stay diffusers' own.
     object.__setattr__(transformer, _STATE, CompiledState(transformer, arch, config, progress or TerminalProgress()))
     swap_class(transformer, _compiled_class(type(transformer)))
     return transformer
+
+
+def _architecture(model: Any) -> FluxArchitecture:
+    """Read from attributes: diffusers widens a model for a control LoRA without changing the config's items."""
+    config = {name: getattr(model.config, name, value) for name, value in model.config.items()}
+    return FluxArchitecture.from_diffusers_config({**config, "out_channels": model.out_channels})
 
 
 def restore_flux(transformer: nn.Module) -> nn.Module:
@@ -145,7 +151,7 @@ class CompiledState:
             self._bind()
 
     def _bind(self) -> None:
-        arch = FluxArchitecture.from_diffusers_config(self._model.config)
+        arch = _architecture(self._model)
         if arch != self.module.arch:
             _LOG.info("the architecture changed (%d input channels now): compiling anew", arch.in_channels)
             config, progress = self.module.config, self.module.progress
