@@ -1,4 +1,4 @@
-"""What somebody else changed runs as they want, in diffusers' own block and with the reason; the rest stays compiled."""
+"""What somebody else changed runs as they want, in diffusers' own block, with the reason; the rest stays compiled."""
 
 from __future__ import annotations
 
