@@ -46,7 +46,7 @@ def why_eager_blocks(flux: nn.Module, foreign: frozenset[str]) -> dict[str, str]
     reasons = dict.fromkeys(foreign, "another node replaces it or its weights")
     for name in weights.block_names(flux):
         for module in flux.get_submodule(name).modules():
-            if "forward" in module.__dict__:
+            if _has_other_forward(module):
                 reasons.setdefault(name, f"another node changed the forward of a {type(module).__name__} in it")
             elif module._forward_hooks or module._forward_pre_hooks:
                 reasons.setdefault(name, "it has forward hooks")
@@ -64,3 +64,9 @@ def why_eager_call(options: Mapping[str, Any], kwargs: Mapping[str, Any]) -> str
     if kwargs.get("ref_latents_method") == "index_timestep_zero":
         return "reference latents at timestep zero"
     return ""
+
+
+def _has_other_forward(module: nn.Module) -> bool:
+    """ComfyUI's bypass LoRA leaves the class's own method on the module when it goes."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward

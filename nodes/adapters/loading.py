@@ -86,9 +86,8 @@ def _rest_uuid(patcher: Any, resident: Resident, foreign: frozenset[str]) -> uui
     wrapped = tuple((key, tuple(map(id, functions))) for key, functions in patcher.weight_wrapper_patches.items())
     state = (tuple(rest), foreign, wrapped, patcher.force_cast_weights)
     if state not in resident.stem_uuids:
-        # Only the last one can be in the weights; signatures hold only while their tensors live.
-        resident.stem_uuids = {state: (uuid.uuid4(), [patcher.patches[key] for key, _ in rest])}
-    return resident.stem_uuids[state][0]
+        resident.stem_uuids = {state: uuid.uuid4()}  # only the last one can be in the weights
+    return resident.stem_uuids[state]
 
 
 def _give_back_blocks(patcher: Any) -> None:

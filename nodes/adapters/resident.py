@@ -6,8 +6,9 @@ BaseModel and never refers to it. Engines outlive it in the engine cache, which 
 
 from __future__ import annotations
 
+import uuid
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import comfy.model_management
@@ -79,7 +80,7 @@ class Resident:
         self.module: MutableTRTModule | None = None
         self.refused = ""
         """Why binding failed; tried again when there is room."""
-        self.stem_uuids: dict[Any, Any] = {}
+        self.stem_uuids: dict[Hashable, uuid.UUID] = {}
         elements = sum(weights.raw_base(patcher, key).numel() for key in self.names.values())
         self.size_bytes = elements * self.dtype.itemsize
         this = weakref.ref(self)
