@@ -7,6 +7,7 @@ from typing_extensions import override
 
 from .conditioning import Conditioning, Fill, Mask, RandomLatent
 from .control import Control
+from .foreign import Gguf, Memory, OtherModel
 from .output import Nothing, SaveLatent, Text
 from .patches import Patch, ReplaceBlock
 from .spy import Spy
@@ -15,4 +16,7 @@ from .spy import Spy
 class TestExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [Conditioning, Control, Fill, Mask, Nothing, Patch, RandomLatent, ReplaceBlock, SaveLatent, Spy, Text]
+        return [
+            Conditioning, Control, Fill, Gguf, Mask, Memory, Nothing, OtherModel, Patch, RandomLatent, ReplaceBlock,
+            SaveLatent, Spy, Text,
+        ]  # fmt: skip
