@@ -15,6 +15,7 @@ _LOG = logging.getLogger("trt_core.weights")
 
 GPU_RESERVE_BYTES = 3 * 2**30
 """Left free on the GPU when base weights go there: activations, VAE decode, and the fp32 sum of the largest layer."""
+_ALIGNMENT_BYTES = 256
 _SLAB_BYTES = 2**30
 """Host memory is pinned in slabs of a power of two, because PyTorch's pinned allocator rounds every block up to one:
 a 132 MB weight by itself would take 256 MB."""
@@ -25,22 +26,25 @@ class HostSlabs:
 
     def __init__(self) -> None:
         self._slabs: list[Tensor] = []
-        self._current, self._used = 0, 0
+        self._used: list[int] = []
 
     def take(self, like: Tensor) -> Tensor:
         """A pinned tensor of the shape and dtype of `like`, valid until `reset`. Raises `OutOfMemory`."""
-        size = like.numel() * like.element_size()
-        start = -(-self._used // 256) * 256
-        while self._current < len(self._slabs) and start + size > self._slabs[self._current].numel():
-            self._current, start = self._current + 1, 0
-        if self._current == len(self._slabs):
+        size = -(-like.numel() * like.element_size() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        # The first slab with room: small weights fill what large ones leave, else a tenth of the memory would be lost.
+        index = next((i for i, used in enumerate(self._used) if used + size <= self._slabs[i].numel()), None)
+        if index is None:
             self._slabs.append(_pinned(max(_SLAB_BYTES, size)))
-        self._used = start + size
-        return self._slabs[self._current][start : start + size].view(like.dtype).view(like.shape)
+            self._used.append(0)
+            index = len(self._slabs) - 1
+        start = self._used[index]
+        self._used[index] += size
+        piece = self._slabs[index][start : start + like.numel() * like.element_size()]
+        return piece.view(like.dtype).view(like.shape)
 
     def reset(self) -> None:
         """Everything handed out is free again; the memory stays pinned."""
-        self._current, self._used = 0, 0
+        self._used = [0] * len(self._slabs)
 
 
 class BaseStorage:

@@ -61,10 +61,11 @@ def compile_transformer(
 
 def restore_transformer(pipe_or_transformer: Any) -> nn.Module:
     """The transformer as diffusers made it: base weights back bit for bit, its own class, nothing of ours left."""
+    from .backends.mttm import stock_original
     from .compiled_flux import restore_flux
 
     transformer = _denoiser(pipe_or_transformer)
-    original = getattr(transformer, "_trt_stock_original", None)
+    original = stock_original(transformer)
     if original is not None:
         _replace(pipe_or_transformer, transformer, original)
         return original

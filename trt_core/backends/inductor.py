@@ -17,6 +17,9 @@ from ..flux.catalogue import Axis, Segment
 from ..flux.fused import load_kernels
 from .base import Request
 
+_OPTIONS = {"compile_threads": 4}
+"""Inductor's own number is one process per core; a block has about ten kernels, and each process costs host memory."""
+
 
 def why_not_inductor(device: torch.device) -> str | None:
     """The reason why `torch.compile` cannot build here, or None."""
@@ -41,7 +44,7 @@ class InductorSegment:
         self._dynamic = _dynamic_axes(request.segment)
         self._seen: set[tuple[int, ...]] = set()
         load_kernels()
-        self._compiled = torch.compile(_private_copy(request.segment.function), fullgraph=True)
+        self._compiled = torch.compile(_private_copy(request.segment.function), fullgraph=True, options=_OPTIONS)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         shape = tuple(tensors[0].shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from typing import Any
 
 from torch import nn
@@ -32,8 +33,18 @@ def stock_module(model: nn.Module, **settings: Any) -> nn.Module:
 
     _LOG.info("stock mutable module: the first call takes minutes and several times the model's host memory")
     wrapped = torch_tensorrt.MutableTorchTensorRTModule(model, **{**SAFE_OPTIONS, **settings})
-    wrapped._trt_stock_original = model
+    _originals[wrapped] = model
     return wrapped
+
+
+def stock_original(wrapped: object) -> nn.Module | None:
+    """The model behind a stock module made here, or None."""
+    return _originals.get(wrapped) if isinstance(wrapped, nn.Module) else None
+
+
+# Not an attribute of the wrapper: it would register the model as its own descendant, and nn.Module's walks over
+# children would never end.
+_originals: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
 
 
 SAFE_OPTIONS: dict[str, Any] = {
