@@ -7,6 +7,8 @@ from typing_extensions import override
 
 from .adapters.host import register_engine_folder
 from .compile_transformer import CompileTransformer
+from .engine_cache import EngineCacheNode
+from .lora_refit import LoraRefit
 
 
 class TRTExtension(ComfyExtension):
@@ -16,4 +18,4 @@ class TRTExtension(ComfyExtension):
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [CompileTransformer]
+        return [CompileTransformer, LoraRefit, EngineCacheNode]

@@ -20,6 +20,7 @@ from ...trt_core.errors import OutOfMemory
 from ...trt_core.host import Progress, stop_if_cancelled
 from ...trt_core.mutable_module import MutableTRTModule
 from . import weights
+from .lora_files import SHELF
 
 _residents: weakref.WeakKeyDictionary[Any, Resident] = weakref.WeakKeyDictionary()
 
@@ -155,6 +156,8 @@ def resident_of(patcher: Any) -> Resident:
 
 
 def _release(this: weakref.ref[Resident]) -> None:
+    """ComfyUI unloads: LoRA files go as well."""
     resident = this()
     if resident is not None:
         resident.release()
+    SHELF.clear()
