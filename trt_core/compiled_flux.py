@@ -307,10 +307,10 @@ _METHODS = {
     **{
         name: _released(name)
         for name in (
-            # fuse and unfuse write to the base; load_lora_adapter makes adapters where the base lies, and may swap
-            # them in place; _apply is behind .to(), .cuda(), .half().
-            "fuse_lora", "unfuse_lora", "load_lora_adapter", "unload_lora", "load_state_dict", "state_dict",
-            "save_pretrained", "_apply", "fuse_qkv_projections", "unfuse_qkv_projections",
+            # fuse and unfuse write to the base; load_lora_adapter and add_adapter make adapters where the base lies,
+            # which may be host memory, and may swap them in place; _apply is behind .to(), .cuda(), .half().
+            "fuse_lora", "unfuse_lora", "load_lora_adapter", "add_adapter", "unload_lora", "load_state_dict",
+            "state_dict", "save_pretrained", "_apply", "fuse_qkv_projections", "unfuse_qkv_projections",
         )
     },
 }  # fmt: skip
