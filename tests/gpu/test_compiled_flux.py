@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 
 import trt_core
-from tests.unit.tiny_flux import tiny_transformer
+from tests.unit.tiny_flux import exact_inputs, tiny_transformer
 from trt_core.backends.check import relative_l2
 from trt_core.errors import BuildCancelled, BuildFailed
 from trt_core.host import Silent
@@ -40,8 +40,7 @@ def add_loras(model: Any) -> None:
 def error_ratio(model: Any, output: torch.Tensor, arguments: dict[str, Any], reference: Any) -> float:
     """Error of `output` against fp32, in multiples of eager bf16's; `reference` is the eager bf16 model."""
     exact = copy.deepcopy(reference).float()
-    wide = {n: v.float() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
-    fp32 = output_of(exact, wide)
+    fp32 = output_of(exact, exact_inputs(arguments))
     return relative_l2(output, fp32) / relative_l2(output_of(reference, arguments), fp32)
 
 

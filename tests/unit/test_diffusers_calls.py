@@ -11,7 +11,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from tests.unit.diffusers_pair import LORA_BOUND, Pair, lora
-from tests.unit.tiny_flux import FP32_BOUND, call_inputs, run_diffusers, tiny_transformer
+from tests.unit.tiny_flux import FP32_BOUND, call_inputs, exact_inputs, run_diffusers, tiny_transformer
 from trt_core.backends.check import relative_l2
 from trt_core.compiled_flux import _spread
 from trt_core.errors import UnsupportedModel
@@ -57,10 +57,7 @@ def test_bf16_is_as_close_as_eager(tmp_path: Path) -> None:
     pair.add("a", lora())
     seen, eager = pair.outputs()
     inputs = call_inputs(pair.theirs)
-    exact = {name: value.float() for name, value in inputs.items()}
-    for name in ("timestep", "guidance"):
-        exact[name] = (inputs[name] * 1000).float() / 1000
-    reference = run_diffusers(pair.theirs.float(), exact)
+    reference = run_diffusers(pair.theirs.float(), exact_inputs(inputs))
     assert seen.dtype is eager.dtype is torch.bfloat16
     assert relative_l2(seen, reference) <= 1.5 * relative_l2(eager, reference)
 

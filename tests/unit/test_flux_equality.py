@@ -13,6 +13,7 @@ from tests.unit.tiny_flux import (
     FP32_BOUND,
     bfl_weights,
     call_inputs,
+    exact_inputs,
     fp32_error,
     loaded,
     run,
@@ -62,12 +63,7 @@ def test_bf16_is_as_close_to_fp32_as_eager_diffusers(
     inputs = call_inputs(rounded, batch=2)
     eager = run_diffusers(rounded, inputs)
     seen = run(loaded(bfl_weights(rounded), tmp_path), inputs)
-    exact = {name: value.float() for name, value in inputs.items()}
-    # Timestep and guidance are scaled by 1000 in the model's own dtype: a choice of the host, not an error of ours.
-    for name in ("timestep", "guidance"):
-        if name in inputs:
-            exact[name] = (inputs[name] * 1000).float() / 1000
-    reference = run_diffusers(rounded.float(), exact)
+    reference = run_diffusers(rounded.float(), exact_inputs(inputs))
     assert seen.dtype is torch.bfloat16
     assert relative_l2(seen, reference) <= BF16_RATIO_BOUND * relative_l2(eager, reference)
 

@@ -94,6 +94,22 @@ def call_inputs(
     return inputs
 
 
+def exact_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same call in fp32. Timestep and guidance are scaled by 1000 in the model's own dtype, a choice of diffusers
+    and ComfyUI whose rounding would hide every error of ours: 3500 becomes 3504 in bf16."""
+    exact = {name: _wide(value) for name, value in inputs.items()}
+    for name in ("timestep", "guidance"):
+        if inputs.get(name) is not None:
+            exact[name] = (inputs[name] * 1000).float() / 1000
+    return exact
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_wide(item) for item in value]
+    return value.float() if isinstance(value, Tensor) else value
+
+
 def bfl_weights(model: FluxTransformer2DModel) -> dict[str, Tensor]:
     """Copies of the model's weights in BFL's names and layout, written out here by hand and independent of trt_core."""
     theirs = model.state_dict()
