@@ -34,10 +34,30 @@ def attention_function(kernel: Attention) -> AttentionFunction:
     backend = _SDP_BACKEND[kernel]
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            return _operator(kernel, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
         with sdpa_kernel(backend):
             return attend(q, k, v)
 
     return attention
+
+
+def _operator(kernel: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The operator that `sdpa_kernel` would lead to; q, k, v [B, H, L, D] and the result too.
+
+    Compiled code calls it by name: `sdpa_kernel` in a graph makes AOTAutograd bypass its cache ("Unsupported
+    call_function target _backend_from_string"), and every new process would trace the blocks again.
+    """
+    aten = torch.ops.aten
+    if kernel is Attention.CUDNN:
+        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
+    if kernel is Attention.EFFICIENT:
+        return aten._scaled_dot_product_efficient_attention(q, k, v, None, False)[0]
+    if kernel is Attention.MATH:
+        return aten._scaled_dot_product_attention_math(q, k, v)[0]
+    if q.is_cuda:
+        return aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
 
 def runnable_kernels(dtype: torch.dtype, device: torch.device, heads: int, head_dim: int) -> list[Attention]:
