@@ -15,10 +15,11 @@ from .diffusers_adapter import flux_class
 from .diffusers_binding import DiffusersBinding
 from .eager_blocks import block_overrides, why_eager_blocks, why_eager_model
 from .errors import UnsupportedModel
+from .extras import Extras
 from .flux.architecture import FluxArchitecture
 from .forward_hooks import refuse_foreign_forward, swap_class
 from .host import Progress
-from .mutable_module import Extras, MutableTRTModule, Report
+from .mutable_module import MutableTRTModule, Report
 from .peft_patches import read_patches
 from .terminal import TerminalProgress
 from .weights import WeightPatches

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .execution import Pe
+from .extras import DoubleOverride, SingleOverride
 from .forward_hooks import find_hooked, has_own_forward
-from .mutable_module import DoubleOverride, SingleOverride
 
 _PLAIN_PROCESSORS = {"FluxAttnProcessor", "FluxAttnProcessor2_0"}
 _BLOCK_LISTS = {"transformer_blocks", "single_transformer_blocks"}

@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-from .backends.base import CompiledSegment
 from .backends.compiler import SegmentCompiler
 from .background import Stopwatch
 from .base_storage import HostSlabs
 from .block_runner import BlockRunner
-from .config import Backend, CompileConfig, Layout, Profile
+from .compiled_blocks import CompiledBlocks
+from .config import CompileConfig, Layout, Profile
 from .engine_cache import EngineCache
 from .errors import ShapeOutsideProfile, TRTError, UnsupportedModel
-from .execution import DoubleBlock, Pe, SingleBlock, SplitDouble, SplitSingle, WholeDouble, WholeSingle
+from .execution import DoubleBlock, Pe, SingleBlock
+from .extras import Extras
 from .flux import stem
 from .flux.architecture import FluxArchitecture
-from .flux.attention import attention_function
-from .flux.catalogue import SegmentName
 from .flux.rope import rope_cos_sin
 from .flux.weights import DOUBLE_OUT, DOUBLE_QKV, SINGLE_OUT, SINGLE_QKV_MLP, check_complete, weight_shapes
 from .host import Progress, Silent
-from .plan import BlockKind, Measurement, Plan
+from .plan import Measurement
 from .plan_search import PlanSearch
 from .weights import BoundWeights, RefitReport, WeightPatches
 
 _LOG = logging.getLogger("trt_core.module")
 _BLOCKS = ("double_blocks.", "single_blocks.")
-
-DoubleOverride = Callable[[Tensor, Tensor, Tensor, Pe], tuple[Tensor, Tensor]]
-"""(img, txt, vec, pe) to (img, txt): somebody else's double block in place of the compiled one."""
-SingleOverride = Callable[[Tensor, Tensor, Pe, int], Tensor]
-"""(x, vec, pe, text tokens) to x: somebody else's single block in place of the compiled one."""
 
 
 class ModuleState(Enum):
@@ -45,21 +39,6 @@ class ModuleState(Enum):
     """Weights are bound; segments are compiled at the first call."""
     READY = "ready"
     CLOSED = "closed"
-
-
-@dataclass(frozen=True, slots=True)
-class Extras:
-    """What a call adds to the plain transformer.
-
-    Residuals (ControlNet) are added to the image tokens after the block of their index; None adds nothing. Overrides
-    replace blocks by index. `mask` is an attention mask that broadcasts to [B, heads, tokens, tokens].
-    """
-
-    double_residuals: Sequence[Tensor | None] = ()
-    single_residuals: Sequence[Tensor | None] = ()
-    double_overrides: Mapping[int, DoubleOverride] = field(default_factory=dict)
-    single_overrides: Mapping[int, SingleOverride] = field(default_factory=dict)
-    mask: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +52,6 @@ class Report:
     plan_bytes: int
     measurements: tuple[Measurement, ...]
     builds: int
-
-
-@dataclass(slots=True)
-class _Compiled:
-    plan: Plan
-    segments: dict[tuple[SegmentName, Backend], CompiledSegment]
-    double: DoubleBlock
-    single: SingleBlock
 
 
 class MutableTRTModule:
@@ -100,7 +71,7 @@ class MutableTRTModule:
         self.last_refit: RefitReport | None = None
         self._slabs = HostSlabs()
         self._cache = EngineCache(self.config.cache_folder)
-        self._compiled: dict[Layout | None, _Compiled] = {}
+        self._compiled: dict[Layout | None, CompiledBlocks] = {}
         self._weights: BoundWeights | None = None
         self._double_weights: list[list[Tensor]] = []
         self._single_weights: list[list[Tensor]] = []
@@ -245,7 +216,7 @@ class MutableTRTModule:
 
     # -- compiling -------------------------------------------------------------------------------------------------
 
-    def compiled_for(self, batch: int, img_tokens: int, txt_tokens: int, masked: bool = False) -> _Compiled:
+    def compiled_for(self, batch: int, img_tokens: int, txt_tokens: int, masked: bool = False) -> CompiledBlocks:
         """The compiled segments for these shapes, built now where there are none."""
         self._refuse_closed()
         layout = Layout.SPLIT if masked else None
@@ -260,7 +231,7 @@ class MutableTRTModule:
         profile = self._profile(compiled, batch, img_tokens, txt_tokens)
         return self._compile(profile, layout)
 
-    def _profile(self, compiled: _Compiled | None, batch: int, img_tokens: int, txt_tokens: int) -> Profile:
+    def _profile(self, compiled: CompiledBlocks | None, batch: int, img_tokens: int, txt_tokens: int) -> Profile:
         wanted = compiled.plan.profile if compiled else self.config.profile
         if wanted is None:
             return Profile.around(batch, img_tokens, txt_tokens)
@@ -280,15 +251,16 @@ class MutableTRTModule:
         _LOG.info("shape outside the profile: building again for up to %d image tokens", img_tokens)
         return wanted.widened(batch, img_tokens, txt_tokens)
 
-    def _compile(self, profile: Profile, layout: Layout | None) -> _Compiled:
+    def _compile(self, profile: Profile, layout: Layout | None) -> CompiledBlocks:
         watch = Stopwatch()
         compiler = SegmentCompiler(
             self.arch, _dtype(self.weights), self.weights.device, profile, self._cache,
             self.config.error_ratio_bound, self.progress,
         )  # fmt: skip
         plan, segments = PlanSearch(compiler, self.config, layout).run()
-        compiled = _Compiled(plan, segments, _double(plan, segments), _single(plan, segments))
-        self._close_segments(self._compiled.pop(layout, None))
+        compiled = CompiledBlocks.of(plan, segments)
+        if (before := self._compiled.pop(layout, None)) is not None:
+            before.close()
         self._compiled[layout] = compiled
         self.build_seconds = watch.seconds()
         self.builds += 1
@@ -298,13 +270,13 @@ class MutableTRTModule:
 
     def report(self, eager_blocks: Mapping[str, str] | None = None) -> Report:
         """What runs where; `eager_blocks` are those the caller runs itself, with the reason."""
-        segments, measurements, plan_bytes = {}, (), 0
+        segments: dict[str, str] = {}
+        measurements: tuple[Measurement, ...] = ()
+        plan_bytes = 0
         for compiled in self._compiled.values():
             measurements += compiled.plan.measurements
-            for (name, backend), segment in compiled.segments.items():
-                choice = compiled.plan.choice(BlockKind.DOUBLE if "double" in name.value else BlockKind.SINGLE)
-                segments[name.value] = f"{backend.value} ({choice.words()})"
-                plan_bytes += segment.plan_bytes
+            segments |= compiled.words()
+            plan_bytes += compiled.plan_bytes
         segments["stem, modulation, final_layer"] = "eager (0.4 % of the work)"
         return Report(
             segments,
@@ -318,37 +290,12 @@ class MutableTRTModule:
 
     def _drop_compiled(self) -> None:
         for compiled in self._compiled.values():
-            self._close_segments(compiled)
+            compiled.close()
         self._compiled.clear()
-
-    def _close_segments(self, compiled: _Compiled | None) -> None:
-        for segment in compiled.segments.values() if compiled else ():
-            segment.close()
 
     def _refuse_closed(self) -> None:
         if self.state is ModuleState.CLOSED:
             raise TRTError("This compiled model was closed.", fix="Compile the transformer again.")
-
-
-def _double(plan: Plan, segments: Mapping[tuple[SegmentName, Backend], CompiledSegment]) -> DoubleBlock:
-    parts = _parts(plan, BlockKind.DOUBLE, segments)
-    if plan.double.layout is Layout.WHOLE:
-        return WholeDouble(parts[0])
-    return SplitDouble(*parts, attention_function(plan.double.attention))
-
-
-def _single(plan: Plan, segments: Mapping[tuple[SegmentName, Backend], CompiledSegment]) -> SingleBlock:
-    parts = _parts(plan, BlockKind.SINGLE, segments)
-    if plan.single.layout is Layout.WHOLE:
-        return WholeSingle(parts[0])
-    return SplitSingle(*parts, attention_function(plan.single.attention))
-
-
-def _parts(
-    plan: Plan, kind: BlockKind, segments: Mapping[tuple[SegmentName, Backend], CompiledSegment]
-) -> list[CompiledSegment]:
-    choice = plan.choice(kind)
-    return [segments[name, backend] for name, backend in zip(choice.segments, choice.backends, strict=True)]
 
 
 def _dtype(weights: BoundWeights) -> torch.dtype:

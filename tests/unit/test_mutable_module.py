@@ -26,9 +26,10 @@ from trt_core.backends.check import relative_l2
 from trt_core.config import Backend, CompileConfig, Profile, ShapeRange
 from trt_core.errors import BuildCancelled, LoraMismatch, ShapeOutsideProfile, TRTError
 from trt_core.execution import Pe
+from trt_core.extras import Extras
 from trt_core.flux.architecture import FluxArchitecture
 from trt_core.host import Silent
-from trt_core.mutable_module import Extras, ModuleState, MutableTRTModule
+from trt_core.mutable_module import ModuleState, MutableTRTModule
 
 MODEL = tiny_transformer()
 PROFILE = Profile(ShapeRange(8, 40, 64), ShapeRange(1, 7, 16), ShapeRange(1, 1, 2))

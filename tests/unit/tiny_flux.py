@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from trt_core.backends.check import relative_l2
 from trt_core.config import Backend, CompileConfig
+from trt_core.extras import Extras
 from trt_core.flux.architecture import FluxArchitecture, scaled_axes
-from trt_core.mutable_module import Extras, MutableTRTModule
+from trt_core.mutable_module import MutableTRTModule
 
 FP32_BOUND = 2e-6
 """Largest relative error in fp32; rounding in another order of operations stays three times below it."""
