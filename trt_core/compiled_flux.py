@@ -107,6 +107,7 @@ class CompiledState:
             return
         self._refit({})
         self._binding = None
+        self.module.unload()  # a model that moves away must not leave its fused weights behind
 
     def adapters_changed(self) -> None:
         self._epoch += 1

@@ -76,6 +76,8 @@ class MutableTRTModule:
         self._double_weights: list[list[Tensor]] = []
         self._single_weights: list[list[Tensor]] = []
         self._scale_first = False
+        self._compiled_kind: tuple[torch.device, torch.dtype] | None = None
+        """Device and dtype of the weights that segments were compiled for."""
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -102,10 +104,11 @@ class MutableTRTModule:
 
     def _bind(self, weights: Mapping[str, Tensor]) -> None:
         _check_uniform(weights)
-        before = self._weights
         self._weights = BoundWeights({n: t.detach() for n, t in weights.items()}, self.config.base_weights, self._slabs)
-        if before is not None and (before.device != self._weights.device or _dtype(before) != _dtype(self._weights)):
+        kind = (self._weights.device, _dtype(self._weights))
+        if kind != self._compiled_kind:
             self._drop_compiled()
+        self._compiled_kind = kind
         tensors = self._weights.tensors
         self._double_weights = [
             [tensors[f"double_blocks.{i}.{n}"] for n in DOUBLE_QKV + DOUBLE_OUT] for i in range(self.arch.double_depth)
@@ -129,6 +132,14 @@ class MutableTRTModule:
         self.last_refit = self.weights.refit(patches)
         return self.last_refit
 
+    def unload(self) -> None:
+        """Restores the bound weights to their base and lets go of them; compiled segments stay for the next `load`."""
+        if self._weights is not None:
+            self._weights.restore()
+        self._let_go()
+        if self.state is not ModuleState.CLOSED:
+            self.state = ModuleState.EMPTY
+
     def close(self) -> None:
         """Restores the bound weights to their base, closes all segments and lets go of every tensor."""
         if self.state is not ModuleState.CLOSED and self._weights is not None:
@@ -138,10 +149,13 @@ class MutableTRTModule:
     def discard(self) -> None:
         """As `close` for tensors that nobody else reads: they are let go of as they are, without a merge or a copy."""
         self._drop_compiled()
-        self._weights = None
-        self._double_weights, self._single_weights = [], []
+        self._let_go()
         self._slabs = HostSlabs()
         self.state = ModuleState.CLOSED
+
+    def _let_go(self) -> None:
+        self._weights = None
+        self._double_weights, self._single_weights = [], []
 
     # -- the call --------------------------------------------------------------------------------------------------
 

@@ -121,7 +121,6 @@ def test_moving_to_where_it_is_compiles_nothing(pair: Pair) -> None:
     assert pair.report.builds == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the module keeps the tensors it was bound to until it is bound again")
 def test_a_model_that_moves_leaves_no_memory_behind(pair: Pair) -> None:
     """enable_model_cpu_offload moves the transformer away to make room; fused copies must not stay."""
     pair.outputs()
