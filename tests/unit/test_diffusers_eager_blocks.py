@@ -76,6 +76,10 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str, str]] = {
         lambda m: _own_forward(m.transformer_blocks[0].ff.net[2]), "double_blocks.0",
         "its ff.net.2 has hooks or another forward",
     ),
+    "pre-hook on a layer inside": (
+        lambda m: m.transformer_blocks[0].ff.register_forward_pre_hook(lambda layer, args: (args[0].roll(1, -1),)),
+        "double_blocks.0", "its ff has hooks or another forward",
+    ),
     "hook on attention": (
         lambda m: m.single_transformer_blocks[1].attn.register_forward_hook(_scaled), "single_blocks.1",
         "its attn has hooks or another forward",
