@@ -16,6 +16,7 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
+from ...trt_core.background import run_cancellable
 from ...trt_core.block_runner import BlockRunner
 from ...trt_core.execution import Pe
 from ...trt_core.mutable_module import MutableTRTModule
@@ -63,13 +64,15 @@ class Lender:
 class BlockCall:
     """One call of the transformer: the replacements for its blocks, and what they share.
 
-    `eager`: block name -> why ComfyUI's own block runs with the bound weights. `foreign` blocks are not bound at all.
+    `eager`: block name -> why ComfyUI's own block runs with the bound weights. `foreign` blocks are ComfyUI's wholly.
+    `ran`: which kinds of block have run at which shapes, kept by the caller from call to call.
     """
 
     def __init__(
-        self, module: MutableTRTModule, flux: nn.Module, eager: dict[str, str], foreign: frozenset[str]
+        self, module: MutableTRTModule, flux: nn.Module, eager: dict[str, str], foreign: frozenset[str], ran: set[Any]
     ) -> None:
         self._module, self._flux, self.eager, self._foreign = module, flux, eager, foreign
+        self._ran = ran
         self._ours: dict[int, tuple[Tensor, Any]] = {}
         self._runner: tuple[tuple[int, int, int, bool], BlockRunner] | None = None
 
@@ -106,7 +109,8 @@ class BlockCall:
         img, txt, mask = args["img"], args["txt"], args["attn_mask"]
         pe = self._kept(args["pe"], lambda pe: _angles(pe, txt.shape[1]))
         runner = self._runner_for(img.shape[0], img.shape[1], txt.shape[1], mask)
-        img, txt = runner.double(index, _own(img), _own(txt), self._kept(args["vec"], _own), pe, self._mask(mask))
+        inputs = (_own(img), _own(txt), self._kept(args["vec"], _own), pe, self._mask(mask))
+        img, txt = self._cancellable("double", lambda: runner.double(index, *inputs))
         return {"img": img, "txt": txt}
 
     def _single(self, index: int, args: dict[str, Any]) -> dict[str, Tensor]:
@@ -114,7 +118,21 @@ class BlockCall:
         n_txt = args["transformer_options"]["img_slice"][0]
         pe = self._kept(args["pe"], lambda pe: _angles(pe, n_txt))
         runner = self._runner_for(x.shape[0], x.shape[1] - n_txt, n_txt, mask)
-        return {"img": runner.single(index, _own(x), self._kept(args["vec"], _own), pe, self._mask(mask))}
+        inputs = (_own(x), self._kept(args["vec"], _own), pe, self._mask(mask))
+        return {"img": self._cancellable("single", lambda: runner.single(index, *inputs))}
+
+    def _cancellable(self, kind: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns. The first block of a kind at new shapes runs in a thread, so that cancel works there:
+        Inductor compiles once more for batches above 1, and kernels load at their first use."""
+        ran = (kind, self._runner and self._runner[0])
+        if ran in self._ran:
+            return work()
+        progress, stage = self._module.progress, f"First {kind} block at this size"
+        progress.update(stage, 0, 1)
+        done = run_cancellable(lambda: _finished(work()), progress, stage)
+        progress.update(stage, 1, 1)
+        self._ran.add(ran)
+        return done
 
     def _runner_for(self, batch: int, img_tokens: int, txt_tokens: int, mask: Tensor | None) -> BlockRunner:
         shapes = (batch, img_tokens, txt_tokens, mask is not None)
@@ -144,6 +162,13 @@ class BlockCall:
                 return original(args)
 
         return run
+
+
+def _finished(outputs: Any) -> Any:
+    """The outputs once they are there: another thread may be on another stream."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return outputs
 
 
 def _why_eager_call(args: Mapping[str, Any]) -> str:

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.ldm.flux.model
 import comfy.model_management
+import torch
+from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 from . import weights
 from .lora_patches import why_resized
 from .resident import Resident
+
+APPLY_COMPILED = "torch.compile"
+"""Key of the wrapper with which ComfyUI's own compile nodes run the whole model."""
+_COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def why_eager_model(patcher: Any, resident: Resident) -> str:
@@ -27,7 +32,11 @@ def why_eager_model(patcher: Any, resident: Resident) -> str:
     )  # fmt: skip
     if replaced:
         return f"another node replaces {min(replaced)}"
-    if not resident.fits(patcher):
+    if APPLY_COMPILED in patcher.wrappers.get(WrappersMP.APPLY_MODEL, {}):
+        return "a TorchCompileModel node compiles it already; take one of the two nodes out"
+    if resident.dtype not in _COMPUTE_DTYPES:
+        return f"ComfyUI computes it in {str(resident.dtype).removeprefix('torch.')}"
+    if not resident.fits():
         return f"its blocks ({resident.size_bytes / 1e9:.1f} GB) do not fit on this device"
     if resident.refused and not resident.room():
         return resident.refused

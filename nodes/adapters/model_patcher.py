@@ -112,7 +112,7 @@ class CompiledBlocks:
         eager = dict(self._eager)
         if reason := why_eager_call(options, kwargs):
             eager |= dict.fromkeys(weights.block_names(self._flux), reason)
-        call = BlockCall(resident.module, self._flux, eager, self._foreign)
+        call = BlockCall(resident.module, self._flux, eager, self._foreign, resident.ran)
         replace = options.get("patches_replace", {})
         dit = call.replacements(replace.get("dit", {}))
         options = {**options, "patches_replace": {**replace, "dit": dit}}

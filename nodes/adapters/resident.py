@@ -81,19 +81,22 @@ class Resident:
         self.module: MutableTRTModule | None = None
         self.refused = ""
         """Why binding failed; tried again when there is room."""
+        self.ran: set[Any] = set()
+        """Kinds of block and shapes that have run since the last build (`blocks.BlockCall`)."""
         self.stem_uuids: dict[Hashable, uuid.UUID] = {}
         elements = sum(weights.raw_base(patcher, key).numel() for key in self.names.values())
         self.size_bytes = elements * self.dtype.itemsize
         this = weakref.ref(self)
         self.companion = BoundPatcher(patcher, self.size_bytes, lambda: _release(this))
 
-    def fits(self, patcher: Any) -> bool:
-        """Whether the weights and ComfyUI's own minimum for a run fit on the device, were it empty."""
-        return patcher.load_device == self.device and (
-            self.dtype == weights.compute_dtype(patcher)
-        ) and (self.device.type == "cpu" or self._fits_gpu())  # fmt: skip
+    def serves(self, patcher: Any) -> bool:
+        """Whether the patcher computes where and in what the weights are bound."""
+        return patcher.load_device == self.device and weights.compute_dtype(patcher) == self.dtype
 
-    def _fits_gpu(self) -> bool:
+    def fits(self) -> bool:
+        """Whether the weights and ComfyUI's own minimum for a run fit on the device, were it empty."""
+        if self.device.type == "cpu":
+            return True
         total = comfy.model_management.get_total_memory(self.device)
         return self.size_bytes + comfy.model_management.minimum_inference_memory() < 0.95 * total
 
@@ -108,6 +111,8 @@ class Resident:
             self.release()
         if self.module is None:
             self.module = MutableTRTModule(self.arch, config)
+        if self.module.config != config:
+            self.ran.clear()
         self.module.progress = progress
         self.module.reconfigure(config)
 
@@ -140,14 +145,22 @@ class Resident:
         """Gives everything back: weights, kept bases, engines. The next run binds anew."""
         module, self.module = self.module, None
         self.companion.bound, self.refused = False, ""
+        self.ran.clear()
         if module is not None:
             module.discard()
+            del module
             comfy.model_management.soft_empty_cache()
+            empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None)  # since torch 2.10
+            if self.device.type == "cuda" and empty_host_cache is not None:
+                empty_host_cache()  # the pinned memory of kept base weights: PyTorch gives none back by itself
 
 
 def resident_of(patcher: Any) -> Resident:
     """The model's resident, made at its first run."""
     found = _residents.get(patcher.model)
+    if found is not None and not found.serves(patcher):
+        found.release()
+        found = None
     if found is None:
         found = _residents[patcher.model] = Resident(patcher)
         finalizer = weakref.finalize(patcher.model, found.release)

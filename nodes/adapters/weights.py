@@ -91,7 +91,14 @@ def read_base(patcher: Any, key: str, device: torch.device, dtype: torch.dtype) 
         return out.zero_()
     if isinstance(weight, QuantizedTensor):
         return out.copy_(weight.to(device=device).to(dtype=torch.float32).dequantize())
-    return out.copy_(weight if weight.dtype == dtype else weight.to(device))
+    stored = _stored_dtype(patcher, key) or weight.dtype
+    return out.copy_(weight if weight.dtype == stored == dtype else weight.to(device).to(stored))
+
+
+def _stored_dtype(patcher: Any, key: str) -> torch.dtype | None:
+    """What the loader was told to keep the weight in, such as fp8: under Dynamic VRAM it is still as in the file."""
+    module, _, kind = key.rpartition(".")
+    return getattr(patcher.model.get_submodule(module), f"{kind}_comfy_model_dtype", None)
 
 
 def _is_flux_1(params: Any) -> bool:

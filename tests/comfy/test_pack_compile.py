@@ -212,6 +212,35 @@ def test_patches_of_other_nodes(server: Server, kind: str, blocks: int, place: C
     assert_equal(server, place(change), blocks=blocks)
 
 
+@pytest.mark.parametrize("place", [before, after])
+def test_a_replaced_module_stays_the_other_nodes(server: Server, place: Callable[..., Build]) -> None:
+    """ComfyUI loads and patches it its own way, LoRA included."""
+
+    def change(g: FluxGraph, model: Link) -> Link:
+        return g.lora(g.add("Test_ReplaceModule", model=model, index=1), "a.safetensors")
+
+    said = assert_equal(server, place(change), blocks=ALL - 1)
+    assert "ComfyUI runs single_blocks.1: another node replaces it or its weights" in said.text
+
+
+@pytest.mark.parametrize("place", [before, after])
+@pytest.mark.parametrize("lora", [False, True])
+def test_bf16_is_as_close_to_fp32_as_comfyuis_own(server: Server, place: Callable[..., Build], lora: bool) -> None:
+    def model(g: FluxGraph, model: Link) -> Link:
+        return g.lora(model, "a.safetensors") if lora else model
+
+    def in_bf16(g: FluxGraph, source: Link) -> Link:
+        return g.add("ModelComputeDtype", model=model(g, source), dtype="bf16")
+
+    exact = FluxGraph()
+    truth = server.latent(exact, exact.sample(model(exact, exact.unet()), exact.text()))
+    reference, latent, said = both(server, place(in_bf16))
+    assert said.compiled == ALL
+    assert relative_error(reference, truth) > 1e-3
+    assert relative_error(latent, truth) < 1.3 * relative_error(reference, truth)
+    assert_equal(server, lambda g, c: g.sample(c(g.unet()), g.text()))
+
+
 def test_the_cases_differ_from_each_other(server: Server) -> None:
     """That a compiled run equals ComfyUI's own says something only where the case changes the picture."""
     plain = FluxGraph()

@@ -74,25 +74,31 @@ def test_a_model_that_is_no_longer_used_takes_its_bound_weights_along(server: Se
     assert after["bytes"] - before["bytes"] < 0.1 * BLOCK_BYTES
 
 
-def test_cancel_stops_a_build_and_leaves_everything_usable(server: Server, server_process: ServerProcess) -> None:
-    graph = FluxGraph()
-    node = compiled(graph, graph.unet(), backend="inductor")
-    graph.add(
-        "Test_SaveLatent",
-        samples=graph.sample(node, graph.text()),
-        path=str(server.scratch / "never.safetensors"),
-    )
+@pytest.mark.parametrize(("batch", "stage"), [(1, "inductor compiles"), (2, "First double block")])
+def test_cancel_stops_a_build_and_leaves_everything_usable(
+    server: Server, server_process: ServerProcess, batch: int, stage: str
+) -> None:
+    """For batch 2 Inductor compiles once more, after the plan is there."""
+
+    def graph(batch: int) -> FluxGraph:
+        graph = FluxGraph()
+        node = compiled(graph, graph.unet(), backend="inductor")
+        latent = graph.sample(node, graph.text(), latent=graph.picture(batch=batch), steps=2)
+        graph.add("Test_SaveLatent", samples=latent, path=str(server.scratch / "cancelled.safetensors"))
+        return graph
+
+    if batch == 2:
+        server.submit(graph(1))
     with server.events() as events:
-        prompt_id = server.queue(graph)
-        events.wait_for(lambda event: event.kind == "text" and "inductor compiles" in event.data["text"])
+        prompt_id = server.queue(graph(batch))
+        events.wait_for(lambda event: event.kind == "text" and stage in event.data["text"])
         time.sleep(1)
         asked = time.monotonic()
         server.interrupt(prompt_id)
         with pytest.raises(CancelledError):
             server.wait(prompt_id)
         assert time.monotonic() - asked < CANCEL_SECONDS
-    folder = engine_folder(server_process)
-    assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+    assert not [path for path in engine_folder(server_process).rglob("*") if path.name.endswith(".tmp")]
     plain = FluxGraph()
     reference = server.latent(plain, plain.sample(plain.unet(), plain.text()))
     assert relative_error(sampled(server)[0], reference) < TOLERANCE

@@ -9,7 +9,7 @@ from .conditioning import Conditioning, Fill, Mask, RandomLatent
 from .control import Control
 from .foreign import Gguf, Memory, OtherModel
 from .output import Nothing, SaveLatent, Text
-from .patches import Patch, ReplaceBlock
+from .patches import Patch, ReplaceBlock, ReplaceModule
 from .spy import Spy
 
 
@@ -18,5 +18,5 @@ class TestExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             Conditioning, Control, Fill, Gguf, Mask, Memory, Nothing, OtherModel, Patch, RandomLatent, ReplaceBlock,
-            SaveLatent, Spy, Text,
+            ReplaceModule, SaveLatent, Spy, Text,
         ]  # fmt: skip
