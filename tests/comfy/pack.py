@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -12,9 +13,10 @@ import torch
 from tests.comfy.graph import FluxGraph, Link
 from tests.comfy.server import Server
 
-TOLERANCE = 1e-5
-"""Relative error of a compiled run against ComfyUI's own in fp32 on a CPU, after all steps. What a wrong residual, mask
-or LoRA changes is above 1e-2."""
+ON_CPU = "--cpu" in os.environ.get("COMFYUI_FLAGS", "--cpu")
+TOLERANCE = 1e-5 if ON_CPU else 0.03
+"""Relative error of a compiled run against ComfyUI's own after all steps: in fp32 on a CPU, in bf16 on a GPU. The LoRA
+a.safetensors alone changes the picture by 0.14."""
 
 
 def compiled(graph: FluxGraph, model: Link, **options: object) -> Link:

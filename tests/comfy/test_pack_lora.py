@@ -217,3 +217,31 @@ def test_other_models_at_the_same_time(server: Server) -> None:
     for _ in range(2):
         assert_like(ours(server)[0], references[0])
         assert_like(ours(server, unet="flux_dev_2.safetensors")[0], references[1])
+
+
+def test_changes_around_the_blocks_are_comfyuis_and_switch_too(server: Server) -> None:
+    """A merge and a control LoRA change what lies around the blocks as well: ComfyUI patches that itself."""
+
+    def merged(ratio: float | None, node: bool) -> torch.Tensor:
+        graph = FluxGraph()
+        model = graph.unet()
+        if ratio is not None:
+            other = graph.unet("flux_dev_2.safetensors")
+            model = graph.add("ModelMergeSimple", model1=model, model2=other, ratio=ratio)
+        model = compiled(graph, model) if node else model
+        return server.latent(graph, graph.sample(model, graph.text()))
+
+    def controlled(strength: float, node: bool) -> torch.Tensor:
+        graph = FluxGraph()
+        model = compiled(graph, graph.unet()) if node else graph.unet()
+        model = graph.lora(model, "control.safetensors", strength)
+        text = graph.add("Test_FillConditioning", conditioning=graph.text(), latent=graph.picture())
+        return server.latent(graph, graph.sample(model, text))
+
+    ratios, strengths = (0.5, 0.8, None, 0.5), (1.0, 0.5, 1.0)
+    references = [merged(ratio, node=False) for ratio in ratios] + [controlled(s, node=False) for s in strengths]
+    latents = [merged(ratio, node=True) for ratio in ratios] + [controlled(s, node=True) for s in strengths]
+    for latent, reference in zip(latents, references, strict=True):
+        assert_like(latent, reference)
+    assert differs(references[0], references[1])
+    assert differs(references[4], references[5])
