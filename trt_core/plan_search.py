@@ -127,16 +127,21 @@ class PlanSearch:
         self.compiler.profile = plan.profile
         for done, (name, backend, attention) in enumerate(plan.needed()):
             self._progress("Loading the plan", done, len(plan.needed()))
-            compiled = (
-                self.compiler.from_cache(name)
-                if backend is Backend.TENSORRT
-                else self.compiler.compile(name, backend, attention)
-            )
+            compiled = self._loaded(name, backend, attention)
             if compiled is None:
                 return False
             self.compiled[name, backend] = compiled
         _LOG.info("plan from the cache (%s; %s), %.1f s", plan.double.words(), plan.single.words(), watch.seconds())
         return True
+
+    def _loaded(self, name: SegmentName, backend: Backend, attention: Attention) -> CompiledSegment | None:
+        if backend is Backend.TENSORRT:
+            return self.compiler.from_cache(name)
+        try:
+            return self.compiler.compile(name, backend, attention)
+        except BuildFailed as error:
+            _LOG.warning("The remembered plan is searched anew: %s", error)
+            return None
 
     # -- a new plan ----------------------------------------------------------------------------------------------
 
