@@ -14,7 +14,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,9 +32,9 @@ from tests.comfy.process import CPU_FLAGS, ServerProcess, ServerStartError
 from tests.comfy.server import NodeError, PromptError, Server
 from tests.comfy.tensors import relative_error
 
-from .comfyui_graph import RANK, SHAPES, TEXT_TOKENS, Case, Files, GpuMemory, Workflow, cases
+from . import comfyui_graph as parts
+from .comfyui_graph import Case, Files, GpuMemory, Workflow
 
-ROOT = Path(__file__).resolve().parents[1]
 # A folder of its own: benchmarks.report makes the README's table from every file in the one above.
 RESULTS = Path(__file__).parent / "results" / "comfyui"
 MODES = {"dynamic": (), "legacy": ("--disable-dynamic-vram",), "lowvram": ("--lowvram",), "cpu": CPU_FLAGS}
@@ -49,7 +48,6 @@ SWITCHES = {
     "removal": ("none", "none again"),
 }  # fmt: skip
 """A switch costs a run after it less a run with the same LoRA again."""
-_ENOUGH_SHM_BYTES = 60 * 10**9
 _LONG = 4
 """A step is the difference between runs of 1 and of 1 + `_LONG` x `--steps` steps, by the latter's steps more."""
 
@@ -105,6 +103,8 @@ class Bench:
         try:
             self.server.wait(prompt_id, left)
         except TimeoutError as error:
+            if time.monotonic() < self.deadline:
+                raise
             raise Limit(f"Stopped: {self.args.limit:.0f} s are over.") from error
         events.wait_for(lambda e: e.kind == "execution_success" and e.data["prompt_id"] == prompt_id, 10)
         messages = dict(self.server.get(f"/history/{prompt_id}")[prompt_id]["status"]["messages"])
@@ -145,9 +145,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then, too
     deadline = time.monotonic() + args.limit
     checkout, python = (Path(os.environ.get(name, default)).expanduser() for name, default in _COMFYUI)
-    files = Files(args.models or _models_folder(args.size), args.size, args.naming, args.modulations)
+    files = Files(args.models or parts.models_folder(args.size), args.size, args.naming, args.modulations)
     _write(files)
-    about, lines = _machine(python), []
+    about, lines = parts.machine(python), []
     try:
         with tempfile.TemporaryDirectory(prefix="comfyui_") as base:
             process = ServerProcess(checkout, python, Path(base), flags=_flags(args, Path(base)))
@@ -197,9 +197,9 @@ def _flags(args: argparse.Namespace, base: Path) -> tuple[str, ...]:
 def _complete(case: Case, args: argparse.Namespace, measured: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
     line = {
         "run": args.run, "scenario": case.scenario, "mode": args.mode, "flags": args.flags or None, "size": args.size,
-        "backend": case.backend, "base_weights": case.base_weights, "lora_node": case.lora_node, "lora_rank": RANK,
-        "lora_naming": args.naming, "lora_modulations": args.modulations, "batch": 1, "height_px": args.px,
-        "width_px": args.px, "text_tokens": TEXT_TOKENS, "steps": args.steps, **measured, **about,
+        "backend": case.backend, "base_weights": case.base_weights, "lora_node": case.lora_node,
+        "lora_rank": parts.RANK, "lora_naming": args.naming, "lora_modulations": args.modulations, "batch": 1, "height_px": args.px,
+        "width_px": args.px, "text_tokens": parts.TEXT_TOKENS, "steps": args.steps, **measured, **about,
     }  # fmt: skip
     return {name: value for name, value in line.items() if value is not None}
 
@@ -214,7 +214,7 @@ def _append(folder: Path, line: dict[str, Any]) -> None:
 @contextmanager
 def _started(process: ServerProcess, log: Path | None) -> Iterator[None]:
     """The server runs inside, and surely not after; its log is copied to `log`."""
-    process.link_packs({"test_pack": ROOT / "tests" / "comfy" / "test_pack", "trt-lora-flux": ROOT})
+    process.link_packs({"test_pack": parts.ROOT / "tests" / "comfy" / "test_pack", "trt-lora-flux": parts.ROOT})
     try:
         process.start()
         yield
@@ -233,21 +233,6 @@ def _write(files: Files) -> None:
     if writer.exitcode:
         raise SystemExit(f"The checkpoint could not be written to {files.folder}.")
     _say(f"Models in {files.folder}, kept for another run ({time.perf_counter() - started:.1f} s)")
-
-
-def _models_folder(size: str) -> Path:
-    """In shared memory where the full size and what else is needed fits; a folder made before is used again."""
-    name, shm = f"trt_lora_flux_{size}", Path("/dev/shm")
-    roomy = shm.is_dir() and shutil.disk_usage(shm).free >= _ENOUGH_SHM_BYTES
-    return (shm if roomy or (shm / name).is_dir() else Path(tempfile.gettempdir())) / name
-
-
-def _machine(python: Path) -> dict[str, Any]:
-    """GPU, driver and versions as the server's Python has them; asked in a process that leaves no GPU memory behind."""
-    code = "import json; from trt_core.gpu import environment; print(json.dumps(environment()))"
-    found = json.loads(subprocess.check_output([str(python), "-c", code], text=True, cwd=ROOT).splitlines()[-1])
-    versions = {name: found[name] for name in ("torch", "torch_tensorrt", "tensorrt", "triton", "cuda")}
-    return {"gpu": found["gpu"], "driver": found["driver"], "versions": versions}
 
 
 def _comfyui_version(process: ServerProcess) -> str:
@@ -281,7 +266,7 @@ _COMFYUI = (("COMFYUI_PATH", "~/ComfyUI"), ("COMFYUI_PYTHON", "~/comfy-venv/bin/
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SHAPES), default="full")
+    parser.add_argument("--size", choices=list(parts.SHAPES), default="full")
     parser.add_argument("--mode", choices=list(MODES), default="dynamic", help="which of the server's memory modes")
     parser.add_argument("--flags", default="", help="more flags for the server, in one string")
     parser.add_argument("--cases", nargs="+", choices=["stock", "ours", "refit"], default=["stock", "ours", "refit"])
@@ -298,7 +283,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=600.0, help="seconds; finished lines are kept")
     args = parser.parse_args()
     args.px = args.px or (1024 if args.size == "full" else 256)
-    args.chosen = list(cases(args.cases, args.backend, args.base_weights))
+    args.chosen = list(parts.cases(args.cases, args.backend, args.base_weights))
     return args
 
 

@@ -6,14 +6,18 @@ import ctypes
 import json
 import math
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +25,7 @@ from tests.comfy.checkpoint import FluxShape, write_lora_diffusers, write_lora_k
 from tests.comfy.graph import FluxGraph, Link
 from tests.comfy.pack import compiled
 
+ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {"full": FluxShape(hidden=3072, double_blocks=19, single_blocks=38), "small": FluxShape()}
 TEXT_TOKENS = 256
 RANK = 16
@@ -28,6 +33,7 @@ _LORAS = {"kohya": write_lora_kohya, "diffusers": write_lora_diffusers}
 _NO_MODULATIONS = r"^(?!.*(mod\.lin|modulation\.lin|norm1(_context)?\.linear|norm\.linear))"
 _BRANCH_ENDS = ("attn.proj.weight", "mlp.2.weight", "linear2.weight")
 _WRITERS = 8
+_ENOUGH_SHM_BYTES = 60 * 10**9
 _NVML_SECONDS = 0.02
 
 
@@ -113,6 +119,21 @@ def _random(name: str, size: tuple[int, ...], device: torch.device) -> torch.Ten
     if len(size) == 1:
         return 0.05 * noise
     return noise * ((0.2 if "blocks" in name and name.endswith(_BRANCH_ENDS) else 1.0) * size[1] ** -0.5)
+
+
+def models_folder(size: str) -> Path:
+    """In shared memory where the full size and what else is needed fits; a folder made before is used again."""
+    name, shm = f"trt_lora_flux_{size}", Path("/dev/shm")
+    roomy = shm.is_dir() and shutil.disk_usage(shm).free >= _ENOUGH_SHM_BYTES
+    return (shm if roomy or (shm / name).is_dir() else Path(tempfile.gettempdir())) / name
+
+
+def machine(python: Path) -> dict[str, Any]:
+    """GPU, driver and versions as the server's Python has them; asked in a process that leaves no GPU memory behind."""
+    code = "import json; from trt_core.gpu import environment; print(json.dumps(environment()))"
+    found = json.loads(subprocess.check_output([str(python), "-c", code], text=True, cwd=ROOT).splitlines()[-1])
+    versions = {name: found[name] for name in ("torch", "torch_tensorrt", "tensorrt", "triton", "cuda")}
+    return {"gpu": found["gpu"], "driver": found["driver"], "versions": versions}
 
 
 @dataclass(frozen=True)
