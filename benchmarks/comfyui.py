@@ -198,8 +198,9 @@ def _complete(case: Case, args: argparse.Namespace, measured: dict[str, Any], ab
     line = {
         "run": args.run, "scenario": case.scenario, "mode": args.mode, "flags": args.flags or None, "size": args.size,
         "backend": case.backend, "base_weights": case.base_weights, "lora_node": case.lora_node,
-        "lora_rank": parts.RANK, "lora_naming": args.naming, "lora_modulations": args.modulations, "batch": 1, "height_px": args.px,
-        "width_px": args.px, "text_tokens": parts.TEXT_TOKENS, "steps": args.steps, **measured, **about,
+        "lora_rank": parts.RANK, "lora_naming": args.naming, "lora_modulations": args.modulations,
+        "batch": 1, "height_px": args.px, "width_px": args.px, "text_tokens": parts.TEXT_TOKENS,
+        "steps": args.steps, **measured, **about,
     }  # fmt: skip
     return {name: value for name, value in line.items() if value is not None}
 
