@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import sys
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from trt_core.measure import median_milliseconds
 
 from . import model as models
 from .memory import MemoryPeaks
@@ -145,17 +146,7 @@ def _lora_switch(scenario: Scenario, model: Any, run: Callable[[], Any]) -> dict
 
 
 def _step_ms(run: Callable[[], Any]) -> float:
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(_STEPS + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        run()
-        mark.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
-    return times[len(times) // 2]
+    return median_milliseconds(run, torch.device("cuda", 0), repeats=_STEPS)
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -14,6 +14,7 @@ _HOME = {
     "restore_transformer": "diffusers_adapter",
     "MutableTRTModule": "mutable_module",
     "load_lora": "lora",
+    "file_patches": "weights",
     "EngineCache": "engine_cache",
 }
 

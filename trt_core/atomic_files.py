@@ -95,12 +95,6 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def flat_bytes(folder: Path) -> int:
-    """Bytes of the regular files directly in `folder`."""
-    with os.scandir(folder) as children:
-        return sum(child.stat(follow_symlinks=False).st_size for child in children if _is_regular(child))
-
-
 def remove_flat(path: Path) -> None:
     """Deletes `path`: a file, a link, or a folder with its files; links and folders in it stay."""
     if not is_real_folder(path):

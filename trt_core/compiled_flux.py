@@ -69,7 +69,6 @@ class CompiledState:
         self.module = MutableTRTModule(arch, config, progress)
         self.eager: dict[str, str] = {}
         self._binding: DiffusersBinding | None = None
-        self._epoch = 0
         self._model_said: set[str] = set()
         self._model = model
 
@@ -90,7 +89,7 @@ class CompiledState:
         self._bind_or_bring_home()
         binding = self._present_binding()
         eager = why_eager_blocks(self._model)
-        peft = read_patches(binding.slots, self._epoch)
+        peft = read_patches(binding.slots)
         for name, why in peft.unmergeable.items():
             if not name.startswith(("double_blocks", "single_blocks")):
                 self._say({"the whole model": f"{name}: {why}"})
@@ -108,9 +107,6 @@ class CompiledState:
         self._refit({})
         self._binding = None
         self.module.unload()  # a model that moves away must not leave its fused weights behind
-
-    def adapters_changed(self) -> None:
-        self._epoch += 1
 
     def close(self) -> None:
         self.release()
@@ -138,14 +134,11 @@ class CompiledState:
         if not moved:
             return
         restored = {slot.name for slot in moved} & self.module.weights.touched
-        homes = [(slot, slot.parameter()) for slot in moved]
-        reassigned = [(slot, None if p is None else p.data) for slot, p in homes]
+        reassigned = [(p, p.data) for slot in moved if (p := slot.parameter()) is not None]
         self._refit({})
-        for slot, data in reassigned:
-            parameter = slot.parameter()
-            if parameter is not None and data is not None:
-                parameter.data = data
-        reason = self._binding.bring_home([slot for slot, _ in reassigned])
+        for parameter, data in reassigned:  # the refit pointed them at their bases
+            parameter.data = data
+        reason = self._binding.bring_home(moved)
         self._binding.point_at_bases(self.module.weights)
         _LOG.info("%d re-assigned weights brought home (%d under a LoRA)", len(moved), len(restored))
         if reason is not None:
@@ -266,7 +259,6 @@ def _released(name: str) -> Callable[..., Any]:
         state: CompiledState | None = getattr(self, _STATE, None)
         if state is not None:
             state.release()
-            state.adapters_changed()
         return getattr(_original(self), name)(self, *args, **kwargs)
 
     method.__name__ = name

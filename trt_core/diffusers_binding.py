@@ -70,7 +70,8 @@ class DiffusersBinding:
         ]
 
     def bring_home(self, slots: list[Slot]) -> str | None:
-        """Copies re-assigned parameters into the bound tensors and points them there, or says why that cannot be."""
+        """Copies re-assigned parameters into the bound tensors, or says why that cannot be; `point_at_bases` then
+        points them there."""
         for slot in slots:
             parameter, home = slot.parameter(), slot.of(self.tensors[slot.name])
             if parameter is None or parameter.shape != home.shape or parameter.device != home.device:
@@ -79,7 +80,6 @@ class DiffusersBinding:
                 return f"{slot.name} was replaced by {parameter.dtype}"
             with torch.no_grad():
                 home.copy_(parameter)
-            parameter.data = home
         return None
 
     def point_at_bases(self, weights: BoundWeights) -> None:

@@ -26,9 +26,9 @@ class PeftPatches:
     unmergeable: dict[str, str] = field(default_factory=dict)
 
 
-def read_patches(slots: Iterable[Slot], epoch: int) -> PeftPatches:
-    """What the active adapters of these places do. `epoch` is part of every signature: raised where adapters may have
-    been changed in place, it makes the next refit merge them anew. So does a base weight that was changed in place."""
+def read_patches(slots: Iterable[Slot]) -> PeftPatches:
+    """What the active adapters of these places do. A base weight that was changed in place changes the signature, so
+    that the next refit merges it anew; diffusers' methods that change adapters in place release the model before."""
     slots = list(slots)
     result = PeftPatches()
     collected: dict[str, tuple[list[Hashable], list[tuple[Patch, float]]]] = {}
@@ -42,7 +42,7 @@ def read_patches(slots: Iterable[Slot], epoch: int) -> PeftPatches:
             continue
         signature, changes = _bias_changes(layer) if slot.kind == "bias" else _weight_changes(layer)
         if changes:
-            marks, patches = collected.setdefault(slot.name, ([epoch], []))
+            marks, patches = collected.setdefault(slot.name, ([], []))
             marks.append((slot.rows, signature))
             patches.extend((Patch(slot.name, slot.rows, change), 1.0) for change in changes)
     for slot in slots:

@@ -177,7 +177,7 @@ def test_export_keeps_batch_and_tokens_open(name: SegmentName) -> None:
 
 
 def test_engine_inputs_are_sorted_by_number() -> None:
-    assert _in_argument_order(["tensors_10", "tensors_2", "tensors_0"], 1) == ["tensors_0", "tensors_2", "tensors_10"]
+    assert _in_argument_order(["tensors_10", "tensors_2", "tensors_0"]) == ["tensors_0", "tensors_2", "tensors_10"]
 
 
 # -- without TensorRT ------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ class TensorRTSegment:
         self._context, self._runtime_cache = tensorrt_api.create_context(trt, self._engine, runtime_cache)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         is_input = {n: self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT for n in names}
-        self._inputs = _in_argument_order([n for n in names if is_input[n]], len(request.segment.weights))
+        self._inputs = _in_argument_order([n for n in names if is_input[n]])
         self._outputs = [n for n in names if not is_input[n]]
         self._output_dtype = request.dtype
         self._shapes: tuple[torch.Size, ...] = ()
@@ -164,6 +164,6 @@ class TensorRTSegment:
         self._shapes = shapes
 
 
-def _in_argument_order(names: Sequence[str], weights: int) -> list[str]:
+def _in_argument_order(names: Sequence[str]) -> list[str]:
     """Engine inputs in the order of the function's arguments: export names them tensors_0, tensors_1, ..."""
     return sorted(names, key=lambda name: int(name.rsplit("_", 1)[1]))

@@ -20,10 +20,8 @@ _STREAM_OUT = (
 
 DOUBLE_QKV = tuple(f"{stream}_{name}" for stream in ("img", "txt") for name in _STREAM_QKV)
 DOUBLE_OUT = tuple(f"{stream}_{name}" for stream in ("img", "txt") for name in _STREAM_OUT)
-DOUBLE_MOD = ("img_mod.lin.weight", "img_mod.lin.bias", "txt_mod.lin.weight", "txt_mod.lin.bias")
 SINGLE_QKV_MLP = ("linear1.weight", "linear1.bias", "norm.query_norm.scale", "norm.key_norm.scale")
 SINGLE_OUT = ("linear2.weight", "linear2.bias")
-SINGLE_MOD = ("modulation.lin.weight", "modulation.lin.bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +96,7 @@ def diffusers_parts(arch: FluxArchitecture) -> dict[str, tuple[Part, ...]]:
     for name, sources in _sources(arch):
         for suffix, source_suffix in _suffixes(name):
             full = name + suffix
-            parts[full] = tuple(_rows(shapes[full][0], [s + source_suffix for s in sources], arch, name))
+            parts[full] = tuple(_rows(shapes[full][0], [s + source_suffix for s in sources], arch))
     return parts
 
 
@@ -111,7 +109,7 @@ def _suffixes(name: str) -> tuple[tuple[str, str], ...]:
     return ((".weight", ".weight"), (".bias", ".bias"))
 
 
-def _rows(total: int, sources: list[str], arch: FluxArchitecture, name: str) -> Iterator[Part]:
+def _rows(total: int, sources: list[str], arch: FluxArchitecture) -> Iterator[Part]:
     start = 0
     for index, source in enumerate(sources):
         stop = total if index == len(sources) - 1 else start + arch.hidden
