@@ -147,7 +147,7 @@ def main() -> int:
     checkout, python = (Path(os.environ.get(name, default)).expanduser() for name, default in _COMFYUI)
     files = Files(args.models or parts.models_folder(args.size), args.size, args.naming, args.modulations)
     _write(files)
-    about, lines = parts.machine(python), []
+    (about, args.gpu_uuid), lines = parts.machine(python), []
     try:
         with tempfile.TemporaryDirectory(prefix="comfyui_") as base:
             process = ServerProcess(checkout, python, Path(base), flags=_flags(args, Path(base)))
@@ -172,7 +172,7 @@ def _lines(
     scratch = process.base / "results"
     scratch.mkdir()
     bench = Bench(Server(process.url, scratch), args, files, deadline)
-    with GpuMemory() as gpu:
+    with GpuMemory(args.gpu_uuid) as gpu:
         for case in args.chosen:
             _say(f"{args.mode}: {case.name}")
             try:

@@ -128,12 +128,19 @@ def models_folder(size: str) -> Path:
     return (shm if roomy or (shm / name).is_dir() else Path(tempfile.gettempdir())) / name
 
 
-def machine(python: Path) -> dict[str, Any]:
-    """GPU, driver and versions as the server's Python has them; asked in a process that leaves no GPU memory behind."""
-    code = "import json; from trt_core.gpu import environment; print(json.dumps(environment()))"
-    found = json.loads(subprocess.check_output([str(python), "-c", code], text=True, cwd=ROOT).splitlines()[-1])
+def machine(python: Path) -> tuple[dict[str, Any], str | None]:
+    """GPU, driver and versions as the server's Python has them, and the GPU's UUID: asked in a process that leaves nothing on it."""
+    found = json.loads(subprocess.check_output([str(python), "-c", _ASK], text=True, cwd=ROOT).splitlines()[-1])
     versions = {name: found[name] for name in ("torch", "torch_tensorrt", "tensorrt", "triton", "cuda")}
-    return {"gpu": found["gpu"], "driver": found["driver"], "versions": versions}
+    return {"gpu": found["gpu"], "driver": found["driver"], "versions": versions}, found["uuid"]
+
+
+_ASK = """
+import json, torch
+from trt_core.gpu import environment
+uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}" if torch.cuda.is_available() else None
+print(json.dumps({**environment(), "uuid": uuid}))
+"""
 
 
 @dataclass(frozen=True)
@@ -192,13 +199,13 @@ class _NvmlMemory(ctypes.Structure):
 
 
 class GpuMemory:
-    """All memory in use on the first GPU, asked from NVML: the server's and its builders', and no context of ours.
+    """All memory in use on the server's GPU, asked from NVML: the server's and its builders', and no context of ours.
 
-    A context manager; without a GPU every number is None.
+    A context manager; `gpu_uuid` as `machine` found it, None without a GPU: then every number is None.
     """
 
-    def __init__(self) -> None:
-        self._device = _nvml_device()
+    def __init__(self, gpu_uuid: str | None) -> None:
+        self._device = _nvml_device(gpu_uuid) if gpu_uuid else None
         self._peak = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -229,12 +236,13 @@ class GpuMemory:
             self._peak = max(self._peak, self.used() or 0)
 
 
-def _nvml_device() -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
+def _nvml_device(gpu_uuid: str) -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return None
     device = ctypes.c_void_p()
-    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)):
+    # By UUID: NVML counts all GPUs, CUDA only those of CUDA_VISIBLE_DEVICES.
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(gpu_uuid.encode(), ctypes.byref(device)):
         return None
     return nvml, device

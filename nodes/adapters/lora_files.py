@@ -7,13 +7,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
-import comfy.utils
 import folder_paths
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from ...trt_core.errors import InvalidFile, LoraMismatch
@@ -99,10 +100,12 @@ def _read(path: str, name: str) -> LoraFile:
             f"{name} is not a .safetensors file.", expected="Pickle files can run any program when they are opened.",
             fix="Download the .safetensors version.",
         )  # fmt: skip
+    # Read as bytes, not mapped as ComfyUI does: a first merge would wait for the disk, and Windows would lock the file.
+    # No copies by PyTorch either, whose threads take milliseconds for each tensor on a busy machine.
     try:
-        tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    except (SafetensorError, ValueError, OSError) as error:  # ValueError: what ComfyUI makes of some of them
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        tensors = load(Path(path).read_bytes())
+    except (SafetensorError, OSError) as error:
         raise InvalidFile(f"{name} is truncated or damaged ({error}).", fix="Download it again.") from error
-    # Copies: ComfyUI maps the file, so a first merge would wait for the disk, and Windows would lock it.
-    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     return LoraFile(tensors, metadata, sum(tensor.nbytes for tensor in tensors.values()))
