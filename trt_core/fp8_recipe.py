@@ -1,0 +1,232 @@
+"""Which linear layers run in FP8, and the scales of what goes into them: a recipe, planned without touching a weight.
+
+FP8 is E4M3 here: values up to 448, a step of about 6 % at every size. Names are BFL's, without ".weight":
+`double_blocks.0.img_attn.qkv`, `single_blocks.3.linear1`, `single_blocks.3.modulation.lin`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from fnmatch import fnmatchcase
+
+from .errors import InvalidOption
+from .flux.architecture import FluxArchitecture
+from .flux.weights import diffusers_parts, weight_shapes
+
+_LOG = logging.getLogger("trt_core.fp8")
+
+E4M3_MAX = 448.0
+"""The largest number of E4M3 (`torch.float8_e4m3fn`)."""
+MAX_HEADROOM = 64.0
+"""Beyond this, an ordinary activation (a thousandth of amax) would lie below E4M3's normal numbers."""
+_BLOCKS = ("double_blocks.", "single_blocks.")
+_MODULATIONS = ("_mod.lin", ".modulation.lin")
+
+
+class Granularity(Enum):
+    """How many scales a tensor has."""
+
+    TENSOR = "tensor"
+    ROW = "row"
+    """One per output channel of the weight, and one per token of an activation whose scale is dynamic."""
+
+
+class Activations(Enum):
+    """Where the scale of an activation comes from."""
+
+    DYNAMIC = "dynamic"
+    """From its own amax, at each call."""
+    STATIC = "static"
+    """From calibration: one number per layer, also where weights have a scale per row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Config:
+    """What the user chooses.
+
+    `exclude` are patterns (`*`, `?`, `[...]`) of layers that stay in bf16, on BFL's or diffusers' names. `headroom`
+    multiplies a calibrated amax: E4M3's relative error does not grow with it, and a LoRA may drive a layer further
+    than calibration saw.
+    """
+
+    granularity: Granularity = Granularity.ROW
+    activations: Activations = Activations.DYNAMIC
+    exclude: tuple[str, ...] = ()
+    headroom: float = 2.0
+
+    def __post_init__(self) -> None:
+        _require_member(Granularity, self.granularity, "granularity")
+        _require_member(Activations, self.activations, "activations")
+        if not isinstance(self.exclude, tuple) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise InvalidOption(
+                f"exclude={self.exclude!r} is no tuple of patterns.",
+                fix="Write exclude=('single_blocks.*.linear2',), with the comma.",
+                widget="exclude",
+            )
+        if not 1.0 <= self.headroom <= MAX_HEADROOM:  # false for NaN too
+            raise InvalidOption(
+                f"headroom={self.headroom} is out of range.",
+                expected=f"It multiplies the calibrated range: 1 to {MAX_HEADROOM:g}.",
+                fix="Use 2, which leaves room for LoRAs.",
+                widget="headroom",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Recipe:
+    """The linear layers in FP8 and, where activations are static, the largest input each of them saw.
+
+    Modulations are stored in FP8 but multiply unquantized activations, so they are in `linears` and never in
+    `input_amax`.
+    """
+
+    config: Fp8Config
+    linears: frozenset[str]
+    input_amax: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def activation_linears(self) -> frozenset[str]:
+        """The linears whose input is quantized too: all but modulations."""
+        return frozenset(name for name in self.linears if not is_modulation(name))
+
+    def input_limit(self, name: str) -> float:
+        """The largest input of a layer that its static scale can hold; `InvalidOption` where the scale is dynamic."""
+        if name not in self.input_amax:
+            raise InvalidOption(
+                f"{name} has no static input scale.",
+                expected="Only layers of a static recipe have one, and modulations never do.",
+            )
+        return self.input_amax[name] * self.config.headroom
+
+    def input_scale(self, name: str) -> float:
+        """What the input of a layer is divided by to become E4M3: amax * headroom / 448."""
+        return self.input_limit(name) / E4M3_MAX
+
+
+def plan_recipe(arch: FluxArchitecture, config: Fp8Config, input_amax: Mapping[str, float] | None = None) -> Fp8Recipe:
+    """The recipe for a model: all linears of all blocks in FP8 but the excluded; stem and final layer never are.
+
+    `input_amax` (linear -> largest absolute input) is needed for static activations only. What it has for modulations
+    or excluded layers is left out, so that one calibration serves other patterns too.
+
+    Raises `InvalidOption`: a pattern matches nothing or all, or the amax table is of another model, incomplete, or
+    holds zero, infinity or NaN.
+    """
+    excluded = excluded_linears(arch, config.exclude)
+    linears = frozenset(block_linears(arch)) - excluded
+    if not linears:
+        raise InvalidOption(
+            "The exclude patterns leave no layer for FP8.", fix="Use fewer patterns, or no FP8.", widget="exclude"
+        )
+    if excluded:
+        _LOG.info("TRT FP8: %d of %d block layers stay in bf16", len(excluded), len(excluded) + len(linears))
+    recipe = Fp8Recipe(config, linears)
+    if config.activations is Activations.DYNAMIC:
+        _refuse_amax(input_amax)
+        return recipe
+    amax = input_amax or {}
+    check_amax(arch, amax)
+    _require_complete(recipe.activation_linears, amax)
+    return Fp8Recipe(config, linears, {name: float(amax[name]) for name in sorted(recipe.activation_linears)})
+
+
+def block_linears(arch: FluxArchitecture) -> tuple[str, ...]:
+    """BFL names of every linear layer in the blocks, modulations included, in order of execution."""
+    return tuple(name for name in _all_linears(arch) if name.startswith(_BLOCKS))
+
+
+def is_modulation(name: str) -> bool:
+    """Whether a linear computes shifts, scales and gates; it multiplies one row per picture."""
+    return name.endswith(_MODULATIONS)
+
+
+def diffusers_linears(arch: FluxArchitecture) -> dict[str, tuple[str, ...]]:
+    """BFL name of each block linear -> the diffusers modules whose rows it holds; all of them share one input."""
+    parts = diffusers_parts(arch)
+    return {name: _modules(parts, name) for name in block_linears(arch)}
+
+
+def excluded_linears(arch: FluxArchitecture, patterns: tuple[str, ...]) -> frozenset[str]:
+    """The block linears that a pattern takes out, by BFL's or diffusers' name; a fused one if any part matches.
+
+    A pattern may also match only stem or final layer, which are in bf16 anyway; raises `InvalidOption` for one that
+    matches no layer at all.
+    """
+    parts = diffusers_parts(arch)
+    spellings = {name: (name, *_modules(parts, name)) for name in _all_linears(arch)}
+    matched: set[str] = set()
+    for pattern in patterns:
+        found = {name for name, words in spellings.items() if any(fnmatchcase(word, pattern) for word in words)}
+        if not found:
+            raise _matches_nothing(pattern, [word for words in spellings.values() for word in words])
+        matched |= found
+    return frozenset(name for name in matched if name.startswith(_BLOCKS))
+
+
+def check_amax(arch: FluxArchitecture, input_amax: Mapping[str, float]) -> None:
+    """Raises `InvalidOption` for an amax of a layer that the model has not, or that no scale can be made from."""
+    foreign = sorted(set(input_amax) - set(block_linears(arch)))
+    if foreign:
+        raise InvalidOption(
+            f"The calibrated ranges are of another model: they name {foreign[0]}, which this one has not "
+            f"({len(foreign)} such names).",
+            expected=f"This model has {arch.double_depth} double and {arch.single_depth} single blocks.",
+            fix="Calibrate this model, or load the scales that were made with it.",
+        )
+    for name, amax in input_amax.items():
+        if not (math.isfinite(amax) and amax > 0):
+            raise InvalidOption(
+                f"Calibration saw a largest input of {amax} in {name}.",
+                expected="A scale needs a finite number above zero.",
+                fix="Calibrate with real inputs: prompts, or calls recorded from a run that gave good pictures.",
+            )
+
+
+def _require_member(enum: type[Enum], value: object, option: str) -> None:
+    if not isinstance(value, enum):
+        allowed = ", ".join(str(member) for member in enum)
+        raise InvalidOption(f"{option}={value!r} does not exist.", expected=f"Use {allowed}.", widget=option)
+
+
+def _refuse_amax(input_amax: Mapping[str, float] | None) -> None:
+    if input_amax:
+        raise InvalidOption(
+            "Calibrated ranges were given, but activations are dynamic: they measure themselves at each call.",
+            fix="Leave the ranges out, or choose static activations.",
+            widget="activations",
+        )
+
+
+def _require_complete(needed: frozenset[str], input_amax: Mapping[str, float]) -> None:
+    missing = sorted(needed - set(input_amax))
+    if missing:
+        raise InvalidOption(
+            "Static activations need a calibrated range for each layer, and "
+            f"{len(missing)} of {len(needed)} have none; the first is {missing[0]}.",
+            fix="Calibrate the model, or choose dynamic activations, which need no calibration.",
+            widget="activations",
+        )
+
+
+def _matches_nothing(pattern: str, words: list[str]) -> InvalidOption:
+    close = difflib.get_close_matches(pattern, words, n=1, cutoff=0.5)
+    return InvalidOption(
+        f"The exclude pattern {pattern!r} matches no layer.",
+        expected="Layers are called single_blocks.0.linear2 or single_transformer_blocks.0.proj_out; * stands for "
+        "anything.",
+        fix=f"Did you mean {close[0]!r}?" if close else "",
+        widget="exclude",
+    )
+
+
+def _all_linears(arch: FluxArchitecture) -> list[str]:
+    return [name.removesuffix(".weight") for name, shape in weight_shapes(arch).items() if len(shape) == 2]
+
+
+def _modules(parts: Mapping[str, tuple], name: str) -> tuple[str, ...]:
+    return tuple(part.source.removesuffix(".weight") for part in parts[f"{name}.weight"])
