@@ -129,7 +129,7 @@ def models_folder(size: str) -> Path:
 
 
 def machine(python: Path) -> tuple[dict[str, Any], str | None]:
-    """GPU, driver and versions as the server's Python has them, and the GPU's UUID: asked in a process that leaves nothing on it."""
+    """GPU, driver and versions as the server's Python has them, and the GPU's UUID; a process of its own asks."""
     found = json.loads(subprocess.check_output([str(python), "-c", _ASK], text=True, cwd=ROOT).splitlines()[-1])
     versions = {name: found[name] for name in ("torch", "torch_tensorrt", "tensorrt", "triton", "cuda")}
     return {"gpu": found["gpu"], "driver": found["driver"], "versions": versions}, found["uuid"]

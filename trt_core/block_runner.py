@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .execution import DoubleBlock, Pe, SingleBlock
+from .execution import BlockWeights, DoubleBlock, Pe, SingleBlock
 from .flux.stem import modulation
 
 
@@ -16,8 +16,8 @@ class BlockRunner:
     """The blocks of one module for one call's shapes. Valid until the module is loaded, compiled or closed anew."""
 
     def __init__(
-        self, double: DoubleBlock, single: SingleBlock, tensors: Mapping[str, Tensor], hidden: int,
-        double_weights: Sequence[Sequence[Tensor]], single_weights: Sequence[Sequence[Tensor]],
+        self, double: Sequence[DoubleBlock], single: Sequence[SingleBlock], tensors: Mapping[str, Tensor], hidden: int,
+        double_weights: Sequence[BlockWeights], single_weights: Sequence[BlockWeights],
     ) -> None:  # fmt: skip
         self._double, self._single, self._tensors, self._hidden = double, single, tensors, hidden
         self._double_weights, self._single_weights = double_weights, single_weights
@@ -30,13 +30,13 @@ class BlockRunner:
     ) -> tuple[Tensor, Tensor]:
         """Double block `index`: img [B, n_img, hidden], txt [B, n_txt, hidden], vec [B, hidden] to (img, txt)."""
         img_mod, txt_mod = (self._modulation(f"double_blocks.{index}.{stream}_mod.lin", vec) for stream in _STREAMS)
-        return self._double(img, txt, img_mod, txt_mod, pe, self._double_weights[index], mask)
+        return self._double[index](img, txt, img_mod, txt_mod, pe, self._double_weights[index], mask)
 
     @torch.no_grad()
     def single(self, index: int, x: Tensor, vec: Tensor, pe: Pe, mask: Tensor | None = None) -> Tensor:
         """Single block `index`: x [B, n_txt + n_img, hidden], text first."""
         mod = self._modulation(f"single_blocks.{index}.modulation.lin", vec)
-        return self._single(x, mod, pe, self._single_weights[index], mask)
+        return self._single[index](x, mod, pe, self._single_weights[index], mask)
 
     def _modulation(self, name: str, vec: Tensor) -> Tensor:
         if self._activated is None or self._vec is not vec:

@@ -9,8 +9,9 @@ from .backends.base import CompiledSegment
 from .config import Backend, Layout
 from .execution import DoubleBlock, SingleBlock, SplitDouble, SplitSingle, WholeDouble, WholeSingle
 from .flux.attention import attention_function
-from .flux.catalogue import SegmentName
-from .plan import BlockKind, Plan
+from .flux.catalogue import BlockKind, SegmentName
+from .flux.precision import Precision
+from .plan import Plan
 
 Segments = Mapping[tuple[SegmentName, Backend], CompiledSegment]
 
@@ -33,11 +34,11 @@ class CompiledBlocks:
         """Size of TensorRT's plans in use; 0 where TensorRT runs nothing."""
         return sum(segment.plan_bytes for segment in self.segments.values())
 
-    def words(self) -> dict[str, str]:
-        """Segment name -> the backend that runs it, and how its kind of block is cut."""
+    def words(self, precisions: Mapping[BlockKind, Precision]) -> dict[str, str]:
+        """Segment name -> the backend that runs it, how its kind of block is cut, and FP8 where it is."""
         return {
-            name.value: f"{backend.value} ({self.plan.choice(kind).words()})"
-            for kind in BlockKind
+            name.value: f"{backend.value} ({', '.join(filter(None, (self.plan.choice(kind).words(), fp8)))})"
+            for kind, fp8 in ((kind, precisions[kind].words()) for kind in BlockKind)
             for name, backend in self.segments
             if name in self.plan.choice(kind).segments
         }

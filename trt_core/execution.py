@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -12,7 +12,6 @@ from .backends.base import CompiledSegment
 from .errors import BuildFailed
 from .flux.attention import attend
 from .flux.segments import AttentionFunction, value_of
-from .flux.weights import DOUBLE_QKV, SINGLE_QKV_MLP
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +29,31 @@ class Pe:
         return self.cos[n:], self.sin[n:], self.cos[:n], self.sin[:n]
 
 
+class BlockWeights(NamedTuple):
+    """One block's weights in the order of its segments' arguments: those before attention, and those after."""
+
+    before: Sequence[Tensor]
+    after: Sequence[Tensor]
+
+
 class DoubleBlock(Protocol):
-    """(img, txt, img_mod, txt_mod, pe, weights) to (img, txt); weights in the order DOUBLE_QKV + DOUBLE_OUT."""
+    """(img, txt, img_mod, txt_mod, pe, weights) to (img, txt)."""
 
     takes_mask: bool
 
     def __call__(
-        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, pe: Pe, weights: Sequence[Tensor],
+        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, pe: Pe, weights: BlockWeights,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 class SingleBlock(Protocol):
-    """(x, mod, pe, weights) to x; weights in the order SINGLE_QKV_MLP + SINGLE_OUT."""
+    """(x, mod, pe, weights) to x."""
 
     takes_mask: bool
 
     def __call__(
-        self, x: Tensor, mod: Tensor, pe: Pe, weights: Sequence[Tensor], mask: Tensor | None = None
+        self, x: Tensor, mod: Tensor, pe: Pe, weights: BlockWeights, mask: Tensor | None = None
     ) -> Tensor: ...
 
 
@@ -58,14 +64,13 @@ class SplitDouble:
         self._qkv, self._out, self._attention = qkv, out, attention
 
     def __call__(
-        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, pe: Pe, weights: Sequence[Tensor],
+        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, pe: Pe, weights: BlockWeights,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        cut = len(DOUBLE_QKV)
-        q, k, v = self._qkv(img, txt, img_mod, txt_mod, *pe.double, *weights[:cut])
+        q, k, v = self._qkv(img, txt, img_mod, txt_mod, *pe.double, *weights.before)
         attn = self._attention(q, k, v) if mask is None else attend(q, k, v, mask)
         n = txt.shape[1]
-        img, txt = self._out(img, txt, attn[:, n:], attn[:, :n], img_mod, txt_mod, *weights[cut:])
+        img, txt = self._out(img, txt, attn[:, n:], attn[:, :n], img_mod, txt_mod, *weights.after)
         return img, txt
 
 
@@ -75,12 +80,11 @@ class SplitSingle:
     def __init__(self, qkv_mlp: CompiledSegment, out: CompiledSegment, attention: AttentionFunction) -> None:
         self._qkv_mlp, self._out, self._attention = qkv_mlp, out, attention
 
-    def __call__(self, x: Tensor, mod: Tensor, pe: Pe, weights: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-        cut = len(SINGLE_QKV_MLP)
-        q, k, wide = self._qkv_mlp(x, mod, pe.cos, pe.sin, *weights[:cut])
+    def __call__(self, x: Tensor, mod: Tensor, pe: Pe, weights: BlockWeights, mask: Tensor | None = None) -> Tensor:
+        q, k, wide = self._qkv_mlp(x, mod, pe.cos, pe.sin, *weights.before)
         v = value_of(wide, q)
         attn = self._attention(q, k, v) if mask is None else attend(q, k, v, mask)
-        return self._out(x, attn, wide, mod, *weights[cut:])[0]
+        return self._out(x, attn, wide, mod, *weights.after)[0]
 
 
 class WholeDouble:
@@ -90,11 +94,11 @@ class WholeDouble:
         self._block = block
 
     def __call__(
-        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, pe: Pe, weights: Sequence[Tensor],
+        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, pe: Pe, weights: BlockWeights,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         _refuse_mask(mask)
-        img, txt = self._block(img, txt, img_mod, txt_mod, *pe.double, *weights)
+        img, txt = self._block(img, txt, img_mod, txt_mod, *pe.double, *weights.before, *weights.after)
         return img, txt
 
 
@@ -104,9 +108,9 @@ class WholeSingle:
     def __init__(self, block: CompiledSegment) -> None:
         self._block = block
 
-    def __call__(self, x: Tensor, mod: Tensor, pe: Pe, weights: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, mod: Tensor, pe: Pe, weights: BlockWeights, mask: Tensor | None = None) -> Tensor:
         _refuse_mask(mask)
-        return self._block(x, mod, pe.cos, pe.sin, *weights)[0]
+        return self._block(x, mod, pe.cos, pe.sin, *weights.before, *weights.after)[0]
 
 
 def _refuse_mask(mask: Tensor | None) -> None:

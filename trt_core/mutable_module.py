@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-from .backends.compiler import SegmentCompiler
-from .background import Stopwatch
 from .base_storage import HostSlabs
+from .block_precisions import BlockPrecisions
 from .block_runner import BlockRunner
-from .compiled_blocks import CompiledBlocks
-from .config import CompileConfig, Layout, Profile
-from .engine_cache import EngineCache
-from .errors import ShapeOutsideProfile, TRTError, UnsupportedModel
-from .execution import DoubleBlock, Pe, SingleBlock
+from .compilation import Blocks, Bound, Compilation, Shapes
+from .config import CompileConfig
+from .errors import TRTError, UnsupportedModel
+from .execution import BlockWeights, DoubleBlock, Pe, SingleBlock
 from .extras import Extras
 from .flux import stem
 from .flux.architecture import FluxArchitecture
 from .flux.rope import rope_cos_sin
-from .flux.weights import DOUBLE_OUT, DOUBLE_QKV, SINGLE_OUT, SINGLE_QKV_MLP, check_complete, weight_shapes
+from .flux.weights import check_complete, weight_shapes
+from .fp8_recipe import Fp8Recipe
+from .fp8_weights import Fp8Weights, base_place
 from .host import Progress, Silent
 from .plan import Measurement
-from .plan_search import PlanSearch
 from .weights import BoundWeights, RefitReport, WeightPatches
 
-_LOG = logging.getLogger("trt_core.module")
 _BLOCKS = ("double_blocks.", "single_blocks.")
 
 
@@ -67,57 +64,77 @@ class MutableTRTModule:
         self.config = config or CompileConfig()
         self.progress: Progress = progress or Silent()
         self.state = ModuleState.EMPTY
-        self.build_seconds, self.builds = 0.0, 0
         self.last_refit: RefitReport | None = None
         self._slabs = HostSlabs()
-        self._cache = EngineCache(self.config.cache_folder)
-        self._compiled: dict[Layout | None, CompiledBlocks] = {}
+        self._compilation = Compilation(arch, self.config)
         self._weights: BoundWeights | None = None
-        self._double_weights: list[list[Tensor]] = []
-        self._single_weights: list[list[Tensor]] = []
+        self._precisions = BlockPrecisions.plain(arch)
+        self._double_weights: list[BlockWeights] = []
+        self._single_weights: list[BlockWeights] = []
         self._scale_first = False
         self._compiled_kind: tuple[torch.device, torch.dtype] | None = None
         """Device and dtype of the weights that segments were compiled for."""
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
-    def load(self, weights: Mapping[str, Tensor], scale_first: bool = False) -> None:
+    def load(
+        self, weights: Mapping[str, Tensor], scale_first: bool = False, fp8: Fp8Recipe | None = None,
+        device: torch.device | None = None,
+    ) -> None:  # fmt: skip
         """Binds weights by BFL name: all on one device, all of one floating dtype, contiguous.
 
         `scale_first`: the final layer's modulation is in diffusers' order (scale, shift). Compiled segments stay, as
-        they hold no weights. Raises `UnsupportedModel` where a weight is missing, extra or of another shape.
+        they hold no weights. With `fp8` the recipe's layers are bound in FP8 on `device`, and the weights given are
+        kept as their bases. Raises `UnsupportedModel` where a weight is missing, extra or of another shape.
         """
         self._refuse_closed()
         check_complete(self.arch, {name: tuple(tensor.shape) for name, tensor in weights.items()})
-        self._bind(weights)
+        _check_uniform(weights)
+        given_on = next(iter(weights.values())).device
+        self._bind(weights.items(), fp8, device or given_on, given_on)
         self._scale_first = scale_first
 
-    def load_blocks(self, weights: Mapping[str, Tensor]) -> None:
+    def load_blocks(
+        self, weights: Iterable[tuple[str, Tensor]], device: torch.device, fp8: Fp8Recipe | None = None
+    ) -> None:
         """Binds the blocks' weights alone, for a host that computes what surrounds them itself (`runner`).
 
-        Otherwise as `load`; the module itself cannot be called then.
+        Otherwise as `load`; the module itself cannot be called then. `weights` may be made one by one: with `fp8`, only
+        one at a time is held in its full size where the bases are kept in host memory.
         """
         self._refuse_closed()
         around = {name: shape for name, shape in weight_shapes(self.arch).items() if not name.startswith(_BLOCKS)}
-        check_complete(self.arch, around | {name: tuple(tensor.shape) for name, tensor in weights.items()})
-        self._bind(weights)
+        if fp8 is None:
+            given = dict(weights)
+            check_complete(self.arch, around | {name: tuple(tensor.shape) for name, tensor in given.items()})
+            _check_uniform(given)
+            weights = given.items()
+        self._bind(weights, fp8, device, torch.device("cpu"))
+        if fp8 is not None:
+            check_complete(self.arch, around | self.weights.base_shapes())
 
-    def _bind(self, weights: Mapping[str, Tensor]) -> None:
-        _check_uniform(weights)
-        self._weights = BoundWeights({n: t.detach() for n, t in weights.items()}, self.config.base_weights, self._slabs)
-        kind = (self._weights.device, _dtype(self._weights))
+    def _bind(
+        self, weights: Iterable[tuple[str, Tensor]], fp8: Fp8Recipe | None, device: torch.device, given_on: torch.device
+    ) -> None:
+        named = ((name, tensor.detach()) for name, tensor in weights)
+        mode = self.config.base_weights
+        if fp8 is None:
+            self._weights = BoundWeights(dict(named), mode, self._slabs)
+        else:
+            place = base_place(mode, self.arch, fp8, device, given_on == device)
+            self._weights = Fp8Weights(named, fp8, place, self._slabs, device)
+        kind = (self._weights.device, self._weights.dtype)
         if kind != self._compiled_kind:
-            self._drop_compiled()
+            self._compilation.close()
         self._compiled_kind = kind
-        tensors = self._weights.tensors
-        self._double_weights = [
-            [tensors[f"double_blocks.{i}.{n}"] for n in DOUBLE_QKV + DOUBLE_OUT] for i in range(self.arch.double_depth)
-        ]
-        self._single_weights = [
-            [tensors[f"single_blocks.{i}.{n}"] for n in SINGLE_QKV_MLP + SINGLE_OUT]
-            for i in range(self.arch.single_depth)
-        ]
-        self.state = ModuleState.READY if self._compiled else ModuleState.LOADED
+        self._precisions = BlockPrecisions.of(self.arch, fp8)
+        self._double_weights, self._single_weights = self._precisions.weights(self._weights.tensors)
+        self.state = ModuleState.LOADED if self._compilation.empty else ModuleState.READY
+
+    @property
+    def builds(self) -> int:
+        """How often blocks were compiled or loaded from the cache."""
+        return self._compilation.builds
 
     @property
     def weights(self) -> BoundWeights:
@@ -148,7 +165,7 @@ class MutableTRTModule:
 
     def discard(self) -> None:
         """As `close` for tensors that nobody else reads: they are let go of as they are, without a merge or a copy."""
-        self._drop_compiled()
+        self._compilation.close()
         self._let_go()
         self._slabs = HostSlabs()
         self.state = ModuleState.CLOSED
@@ -170,19 +187,19 @@ class MutableTRTModule:
         y [B, vec_dim], ids [tokens, 3]. Compiles at the first call and when shapes leave the profile.
         """
         extras = extras or Extras()
-        compiled = self.compiled_for(img.shape[0], img.shape[1], txt.shape[1], masked=extras.mask is not None)
-        weights, dtype = self.weights.tensors, _dtype(self.weights)
+        blocks = self.blocks_for(img.shape[0], img.shape[1], txt.shape[1], masked=extras.mask is not None)
+        weights, dtype = self.weights.tensors, self.weights.dtype
         vec = stem.conditioning(weights, self.arch, timesteps, guidance, y)
         mods = stem.modulations(weights, self.arch, vec)
         pe = Pe(*rope_cos_sin(torch.cat((txt_ids, img_ids)), self.arch.axes_dim, self.arch.theta), txt.shape[1])
         img = stem.linear(weights, "img_in", img.to(dtype))
         txt = stem.linear(weights, "txt_in", txt.to(dtype))
-        img, txt = self._double_blocks(compiled.double, img, txt, vec, mods, pe, extras)
-        x = self._single_blocks(compiled.single, torch.cat((txt, img), dim=1), vec, mods, pe, extras)
+        img, txt = self._double_blocks(blocks.double, img, txt, vec, mods, pe, extras)
+        x = self._single_blocks(blocks.single, torch.cat((txt, img), dim=1), vec, mods, pe, extras)
         return stem.final_layer(weights, x[:, txt.shape[1] :], vec, self._scale_first)
 
     def _double_blocks(
-        self, block: DoubleBlock, img: Tensor, txt: Tensor, vec: Tensor, mods: Mapping[str, Tensor], pe: Pe,
+        self, blocks: Sequence[DoubleBlock], img: Tensor, txt: Tensor, vec: Tensor, mods: Mapping[str, Tensor], pe: Pe,
         extras: Extras,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         for index, weights in enumerate(self._double_weights):
@@ -192,21 +209,22 @@ class MutableTRTModule:
             else:
                 name = f"double_blocks.{index}"
                 img_mod, txt_mod = mods[f"{name}.img_mod"], mods[f"{name}.txt_mod"]
-                img, txt = block(img, txt, img_mod, txt_mod, pe, weights, extras.mask)
+                img, txt = blocks[index](img, txt, img_mod, txt_mod, pe, weights, extras.mask)
             residual = _at(extras.double_residuals, index)
             if residual is not None:
                 img = img + residual.to(img.dtype)
         return img, txt
 
     def _single_blocks(
-        self, block: SingleBlock, x: Tensor, vec: Tensor, mods: Mapping[str, Tensor], pe: Pe, extras: Extras
+        self, blocks: Sequence[SingleBlock], x: Tensor, vec: Tensor, mods: Mapping[str, Tensor], pe: Pe,
+        extras: Extras,
     ) -> Tensor:
         for index, weights in enumerate(self._single_weights):
             override = extras.single_overrides.get(index)
             if override is not None:
                 x = override(x, vec, pe, pe.txt_tokens)
             else:
-                x = block(x, mods[f"single_blocks.{index}.modulation"], pe, weights, extras.mask)
+                x = blocks[index](x, mods[f"single_blocks.{index}.modulation"], pe, weights, extras.mask)
             residual = _at(extras.single_residuals, index)
             if residual is not None:
                 x[:, pe.txt_tokens :].add_(residual.to(x.dtype))
@@ -214,9 +232,9 @@ class MutableTRTModule:
 
     def runner(self, batch: int, img_tokens: int, txt_tokens: int, masked: bool = False) -> BlockRunner:
         """The blocks one by one for these shapes, compiled now where they are not. Raises as the call does."""
-        compiled = self.compiled_for(batch, img_tokens, txt_tokens, masked)
-        blocks = (self._double_weights, self._single_weights)
-        return BlockRunner(compiled.double, compiled.single, self.weights.tensors, self.arch.hidden, *blocks)
+        blocks = self.blocks_for(batch, img_tokens, txt_tokens, masked)
+        bound = (self._double_weights, self._single_weights)
+        return BlockRunner(blocks.double, blocks.single, self.weights.tensors, self.arch.hidden, *bound)
 
     def reconfigure(self, config: CompileConfig) -> None:
         """Other choices for the weights that are bound: what was compiled is dropped where it may differ.
@@ -224,96 +242,38 @@ class MutableTRTModule:
         `base_weights` applies to what a later `load` binds.
         """
         if config != self.config:
-            self.config, self._cache = config, EngineCache(config.cache_folder)
-            self._drop_compiled()
+            self.config = config
+            self._compilation.reconfigure(config)
             self.state = ModuleState.LOADED if self._weights is not None else ModuleState.EMPTY
 
     # -- compiling -------------------------------------------------------------------------------------------------
 
-    def compiled_for(self, batch: int, img_tokens: int, txt_tokens: int, masked: bool = False) -> CompiledBlocks:
-        """The compiled segments for these shapes, built now where there are none."""
+    def blocks_for(self, batch: int, img_tokens: int, txt_tokens: int, masked: bool = False) -> Blocks:
+        """How each block runs for these shapes, compiled now where it is not."""
         self._refuse_closed()
-        layout = Layout.SPLIT if masked else None
-        plain = self._compiled.get(None)
-        if plain is not None and plain.double.takes_mask and plain.single.takes_mask:
-            layout = None
-        compiled = self._compiled.get(layout)
-        if compiled is not None and (
-            not compiled.plan.uses_profile or compiled.plan.profile.holds(batch, img_tokens, txt_tokens)
-        ):
-            return compiled
-        profile = self._profile(compiled, batch, img_tokens, txt_tokens)
-        return self._compile(profile, layout)
-
-    def _profile(self, compiled: CompiledBlocks | None, batch: int, img_tokens: int, txt_tokens: int) -> Profile:
-        wanted = compiled.plan.profile if compiled else self.config.profile
-        if wanted is None:
-            return Profile.around(batch, img_tokens, txt_tokens)
-        if wanted.holds(batch, img_tokens, txt_tokens):
-            return wanted
-        if not self.config.rebuild_outside_profile:
-            raise ShapeOutsideProfile(
-                f"{img_tokens} image tokens, {txt_tokens} text tokens, batch {batch} are outside the profile.",
-                expected=(
-                    f"It takes {wanted.img_tokens.min} to {wanted.img_tokens.max} image tokens (1024 px square: 4096), "
-                    f"{wanted.txt_tokens.min} to {wanted.txt_tokens.max} text tokens, "
-                    f"batch {wanted.batch.min} to {wanted.batch.max}."
-                ),
-                fix="Use a size inside it, or widen the profile (a rebuild takes seconds).",
-                widget="profile",
-            )
-        _LOG.info("shape outside the profile: building again for up to %d image tokens", img_tokens)
-        return wanted.widened(batch, img_tokens, txt_tokens)
-
-    def _compile(self, profile: Profile, layout: Layout | None) -> CompiledBlocks:
-        watch = Stopwatch()
-        compiler = SegmentCompiler(
-            self.arch, _dtype(self.weights), self.weights.device, profile, self._cache,
-            self.config.error_ratio_bound, self.progress,
-        )  # fmt: skip
-        plan, segments = PlanSearch(compiler, self.config, layout).run()
-        compiled = CompiledBlocks.of(plan, segments)
-        if (before := self._compiled.pop(layout, None)) is not None:
-            before.close()
-        self._compiled[layout] = compiled
-        self.build_seconds = watch.seconds()
-        self.builds += 1
+        weights = self.weights
+        bound = Bound(weights.dtype, weights.device, self._precisions.double, self._precisions.single)
+        blocks = self._compilation.blocks(bound, Shapes(batch, img_tokens, txt_tokens, masked), self.progress)
         self.state = ModuleState.READY
-        self.progress.update("Ready", 1, 1)
-        return compiled
+        return blocks
 
     def report(self, eager_blocks: Mapping[str, str] | None = None) -> Report:
         """What runs where; `eager_blocks` are those the caller runs itself, with the reason."""
-        segments: dict[str, str] = {}
-        measurements: tuple[Measurement, ...] = ()
-        plan_bytes = 0
-        for compiled in self._compiled.values():
-            measurements += compiled.plan.measurements
-            segments |= compiled.words()
-            plan_bytes += compiled.plan_bytes
-        segments["stem, modulation, final_layer"] = "eager (0.4 % of the work)"
+        compilation = self._compilation
+        segments = compilation.words() | {"stem, modulation, final_layer": "eager (0.4 % of the work)"}
         return Report(
             segments,
-            self.build_seconds,
+            compilation.build_seconds,
             self.last_refit,
             dict(eager_blocks or {}),
-            plan_bytes,
-            measurements,
-            self.builds,
+            compilation.plan_bytes,
+            compilation.measurements(),
+            compilation.builds,
         )
-
-    def _drop_compiled(self) -> None:
-        for compiled in self._compiled.values():
-            compiled.close()
-        self._compiled.clear()
 
     def _refuse_closed(self) -> None:
         if self.state is ModuleState.CLOSED:
             raise TRTError("This compiled model was closed.", fix="Compile the transformer again.")
-
-
-def _dtype(weights: BoundWeights) -> torch.dtype:
-    return next(iter(weights.tensors.values())).dtype
 
 
 def _at(residuals: Sequence[Tensor | None], index: int) -> Tensor | None:

@@ -5,18 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from enum import Enum
 from typing import Any
 
 from .config import Attention, Backend, Layout, Profile, ShapeRange
 from .errors import BuildFailed
-from .flux.catalogue import SegmentName
-
-
-class BlockKind(Enum):
-    DOUBLE = "double"
-    SINGLE = "single"
-
+from .flux.catalogue import BlockKind, SegmentName
 
 SPLIT_SEGMENTS: Mapping[BlockKind, tuple[SegmentName, SegmentName]] = {
     BlockKind.DOUBLE: (SegmentName.DOUBLE_QKV, SegmentName.DOUBLE_OUT),

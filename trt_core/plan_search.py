@@ -107,6 +107,7 @@ class PlanSearch:
             "dtype": str(compiler.dtype), "source": source_version(), "backend": self.config.backend.value,
             "attention": self.config.attention.value, "layout": self.layout.value if self.layout else None,
             # A compiler that was installed since makes a new choice possible.
+            "precision": [compiler.precision(WHOLE_SEGMENT[kind]).to_dict() for kind in BlockKind],
             "left_out": sorted(backend.value for backend, reason in self._reasons().items() if reason),
         }  # fmt: skip
         return EngineKey("plan", fields)

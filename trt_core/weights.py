@@ -66,13 +66,26 @@ class BoundWeights:
         self._applied: dict[str, WeightPatches] = {}
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What blocks compute in."""
+        return next(iter(self.tensors.values())).dtype
+
+    @property
     def touched(self) -> frozenset[str]:
         """Names that hold something else than their base now."""
         return frozenset(self._applied)
 
     def base(self, name: str) -> Tensor:
         """The unmerged weight: the kept copy of a touched one, else the bound tensor itself."""
-        return self._bases[name] if name in self._applied else self.tensors[name]
+        return self._kept(name) if name in self._applied else self.tensors[name]
+
+    def readable(self, name: str) -> Tensor | None:
+        """The weight as it is now in the compute dtype, for code that is not compiled; None for an unknown name."""
+        return self.tensors.get(name)
+
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights as they were given, by BFL name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def needs(self, new: Mapping[str, WeightPatches]) -> bool:
         """Whether a refit to `new` would write anything."""
@@ -91,7 +104,7 @@ class BoundWeights:
         watch = Stopwatch()
         plan = plan_refit({n: p.signature for n, p in new.items()}, {n: p.signature for n, p in self._applied.items()})
         self._check(new)
-        self._bases.keep({name: self.tensors[name] for name in plan.merge if name not in self._applied})
+        self._keep([name for name in plan.merge if name not in self._applied])
         written: list[str] = []
         complete = False
         try:
@@ -131,12 +144,18 @@ class BoundWeights:
         if unknown:
             raise LoraMismatch(f"The LoRA changes {unknown[0]}, which this model does not have.")
 
+    def _keep(self, names: Sequence[str]) -> None:
+        self._bases.keep({name: self.tensors[name] for name in names})
+
+    def _kept(self, name: str) -> Tensor:
+        return self._bases[name]
+
     def _write(self, name: str, patches: Sequence[tuple[Patch, float]]) -> None:
         bound = self.tensors[name]
-        base = self._bases[name].to(bound.device, non_blocking=True)
+        base = self._kept(name).to(bound.device, non_blocking=True)
         if not patches:
             bound.copy_(base)
-        elif _disjoint(patches):
+        elif disjoint(patches):
             _add_rows(bound, base, patches)
         else:
             bound.copy_(merged(base, patches))
@@ -145,16 +164,19 @@ class BoundWeights:
         """Puts what a failed refit has written back; merged in host memory, because the GPU may have just run out."""
         for name in written:
             before = self._applied.get(name)
-            base = self._bases[name].cpu()
+            base = self._kept(name).cpu()
             if before is None:
-                self.tensors[name].copy_(base)
+                self._put(name, base)
                 continue
-            self.tensors[name].copy_(merged(base, [(patch.to("cpu"), strength) for patch, strength in before.patches]))
+            self._put(name, merged(base, [(patch.to("cpu"), strength) for patch, strength in before.patches]))
             # Another device may round otherwise: the next refit merges it anew, to the bits of a fresh one.
             self._applied[name] = WeightPatches(object(), before.patches)
         for name in plan.merge:
             if name not in self._applied:
                 self._bases.give_back(name)
+
+    def _put(self, name: str, value: Tensor) -> None:
+        self.tensors[name].copy_(value)
 
     def _report(self, plan: RefitPlan, watch: Stopwatch) -> RefitReport:
         milliseconds = watch.seconds() * 1000
@@ -162,19 +184,27 @@ class BoundWeights:
         _LOG.info(
             "refit: %d layers merged, %d restored, %d unchanged, %.1f ms, base weights %.2f GB on GPU, %.2f GB on host",
             len(plan.merge), len(plan.restore), len(plan.unchanged), milliseconds,
-            self._bases.gpu_bytes / 1e9, self._bases.host_bytes / 1e9,
+            self.base_gpu_bytes / 1e9, self.base_host_bytes / 1e9,
         )  # fmt: skip
         return RefitReport(
             layers,
             len(plan.merge),
             len(plan.restore),
             milliseconds,
-            self._bases.gpu_bytes,
-            self._bases.host_bytes,
+            self.base_gpu_bytes,
+            self.base_host_bytes,
         )
 
+    @property
+    def base_gpu_bytes(self) -> int:
+        return self._bases.gpu_bytes
 
-def _disjoint(patches: Sequence[tuple[Patch, float]]) -> bool:
+    @property
+    def base_host_bytes(self) -> int:
+        return self._bases.host_bytes
+
+
+def disjoint(patches: Sequence[tuple[Patch, float]]) -> bool:
     """Whether every patch is a plain sum and no two touch the same row: the common case, one LoRA on a layer."""
     if any(not isinstance(patch.change, Additive) for patch, _ in patches):
         return False

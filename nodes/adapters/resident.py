@@ -123,7 +123,7 @@ class Resident:
             return
         try:
             with torch.inference_mode(False), torch.no_grad():
-                module.load_blocks(self._read(patcher, module.progress))
+                module.load_blocks(self._read(patcher, module.progress).items(), self.device)
             complete = True
         except torch.OutOfMemoryError as error:
             raise OutOfMemory("The blocks' weights do not fit on the GPU beside what others hold.") from error

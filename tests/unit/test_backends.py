@@ -69,7 +69,7 @@ class Wrong:
 
 def _index(name: SegmentName, argument: str) -> int:
     segment = request(name).segment
-    return [*(a.name for a in segment.activations), *segment.weights].index(argument)
+    return [*(a.name for a in segment.activations), *(w.name for w in segment.weights)].index(argument)
 
 
 def _change(name: SegmentName, argument: str, change: Callable[[Tensor], Tensor]) -> Callable[[list[Tensor]], None]:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tests.unit.tiny_flux import FP32_BOUND, bfl_weights, fp32_error, tiny_transformer
 from trt_core import mutable_module
-from trt_core.flux import fused, rope, segments, stem
+from trt_core.flux import fused, linear, rope, segments, stem
 
 Weights = dict[str, Tensor]
 
@@ -90,19 +90,19 @@ CODE_MISTAKES = {
     "RoPE pairing halves": (fused, "rotate", _pairs_by_halves),
     "no RoPE": (fused, "rotate", lambda x, cos, sin: x),
     "shift and scale exchanged": (
-        segments, "modulated_norm", lambda x, shift, scale: stem.modulated_norm(x, scale, shift)
+        linear, "modulated_norm", lambda x, shift, scale: stem.modulated_norm(x, scale, shift)
     ),
     "scale without 1 +": (
-        segments, "modulated_norm",
+        linear, "modulated_norm",
         lambda x, shift, scale: stem.modulated_norm(x, shift, scale - 1),
     ),
-    "layer norm's epsilon": (segments, "EPS", 1e-2),
+    "layer norm's epsilon": (fused, "EPS", 1e-2),
     "no q/k norm": (fused, "rms_norm", lambda x, scale: x * scale),
     "q/k norm without gain": (fused, "rms_norm", lambda x, scale: functional.rms_norm(x, x.shape[-1:])),
     "no gate": (segments, "gate", lambda value: 1.0),
     "exact gelu": (
-        segments, "mlp",
-        lambda x, w0, b0, w2, b2: functional.linear(functional.gelu(functional.linear(x, w0, b0)), w2, b2),
+        segments, "gelu_linear",
+        lambda x, w, b: functional.linear(functional.gelu(x), w, b),
     ),
     "k in place of v": (segments, "value_of", _key_as_value),
     "sines before cosines": (

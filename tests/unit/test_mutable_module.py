@@ -229,7 +229,7 @@ def test_a_shape_outside_a_fixed_profile_is_refused(sizes: dict[str, int], said:
 def test_a_shape_outside_the_profile_widens_it(tmp_path: Path) -> None:
     module = loaded(bfl_weights(MODEL), tmp_path, profile=PROFILE)
     run(module, call_inputs(MODEL, height=10, width=10, batch=3))
-    plan = module.compiled_for(3, 100, TEXT).plan
+    plan = module.blocks_for(3, 100, TEXT).compiled.plan
     assert plan.profile.img_tokens == ShapeRange(8, 100, 100)
     assert plan.profile.holds(1, 8, 1)
 

@@ -23,7 +23,7 @@ from tests.unit.bound_weights import (
 )
 from trt_core.config import BaseWeights
 from trt_core.lora.changes import Difference, LowRank, Patch, Replacement, merged
-from trt_core.weights import BoundWeights, WeightPatches, _add_rows, _disjoint, plan_refit
+from trt_core.weights import BoundWeights, WeightPatches, _add_rows, disjoint, plan_refit
 
 A = random_lora("a", DOUBLE_NAMES, 4, seed=1)
 B = random_lora("b", (*DOUBLE_NAMES[2:], *SINGLE_NAMES[:1]), 32, seed=2)
@@ -185,7 +185,7 @@ def test_add_rows_has_the_bits_of_merged(
     for part in rows or (None,):
         size = (192 if part is None else part[1] - part[0], 64)
         patches.append((Patch(QKV, part, low_rank(size, 16, generator, scale=0.3)), strength))
-    assert _disjoint(patches)
+    assert disjoint(patches)
     seen = torch.full_like(base, float("nan"))
     _add_rows(seen, base, patches)
     assert torch.equal(seen, merged(base, patches).to(dtype))
@@ -198,11 +198,11 @@ def test_overlapping_or_other_changes_leave_the_fast_path() -> None:
     def patches(*rows: tuple[int, int] | None) -> list[tuple[Patch, float]]:
         return [(Patch(QKV, part, change), 1.0) for part in rows]
 
-    assert not _disjoint(patches((0, 64), (32, 96)))
-    assert not _disjoint(patches(None, (0, 64)))
-    assert not _disjoint(patches(None, None))
-    assert not _disjoint([(Patch(QKV, (0, 64), replaced), 1.0)])
-    assert _disjoint(patches((64, 128), (0, 64)))
+    assert not disjoint(patches((0, 64), (32, 96)))
+    assert not disjoint(patches(None, (0, 64)))
+    assert not disjoint(patches(None, None))
+    assert not disjoint([(Patch(QKV, (0, 64), replaced), 1.0)])
+    assert disjoint(patches((64, 128), (0, 64)))
 
 
 def test_overlapping_loras_are_summed_before_rounding() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config import Backend, Profile
 from ..flux.catalogue import Segment
+from ..flux.precision import PLAIN, Precision
 
 
 class CompiledSegment(Protocol):
@@ -36,3 +37,4 @@ class Request:
     profile: Profile
     reference: Callable[..., tuple[Tensor, ...]]
     """The same function with PyTorch's general attention, which also runs in fp32."""
+    precision: Precision = PLAIN

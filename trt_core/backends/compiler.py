@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from ..engine_cache import EngineCache, EngineKey
 from ..errors import BuildFailed, CacheError
 from ..flux.architecture import FluxArchitecture
 from ..flux.attention import attend, attention_function
-from ..flux.catalogue import SegmentName, segment, source_version
+from ..flux.catalogue import BlockKind, SegmentName, segment, source_version
+from ..flux.precision import PLAIN, Precision
 from ..host import Progress
 from . import tensorrt_api
 from .base import CompiledSegment, Request
@@ -48,6 +50,8 @@ class SegmentCompiler:
     cache: EngineCache
     error_ratio_bound: float
     progress: Progress
+    precisions: Mapping[BlockKind, Precision] = field(default_factory=dict)
+    """Of each kind of block; one that is missing is the model's dtype."""
     scratch: Scratch = field(init=False)
     error_ratios: dict[tuple[SegmentName, Backend], float] = field(default_factory=dict)
     build_seconds: dict[tuple[SegmentName, Backend], float] = field(default_factory=dict)
@@ -58,8 +62,14 @@ class SegmentCompiler:
     def request(self, name: SegmentName, attention: Attention | None = None) -> Request:
         """`attention` None: PyTorch's general attention, which TensorRT turns into its own."""
         function = attend if attention is None else attention_function(attention)
-        reference = segment(name, self.arch, attend).function
-        return Request(segment(name, self.arch, function), self.dtype, self.device, self.profile, reference)
+        precision = self.precision(name)
+        reference = segment(name, self.arch, attend, precision).function
+        found = segment(name, self.arch, function, precision)
+        return Request(found, self.dtype, self.device, self.profile, reference, precision)
+
+    def precision(self, name: SegmentName) -> Precision:
+        kind = BlockKind.DOUBLE if name.value.startswith(BlockKind.DOUBLE.value) else BlockKind.SINGLE
+        return self.precisions.get(kind, PLAIN)
 
     def timing_cache(self) -> Path:
         """A file for TensorRT's tactic timings, one per GPU: Torch-TensorRT's default is one for all GPUs."""

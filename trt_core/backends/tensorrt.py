@@ -92,8 +92,9 @@ def _inputs(request: Request) -> list[Any]:
         )
         dtype = torch.float32 if argument.fp32 else request.dtype
         inputs.append(tensorrt_api.dynamic_input(low, opt, high, dtype, argument.name))
-    for name, shape in zip(segment.weights, segment.weight_shapes, strict=True):
-        inputs.append(tensorrt_api.dynamic_input(shape, shape, shape, request.dtype, name.replace(".", "_")))
+    for weight in segment.weights:
+        shape, dtype = weight.shape, weight.dtype or request.dtype
+        inputs.append(tensorrt_api.dynamic_input(shape, shape, shape, dtype, weight.name.replace(".", "_")))
     return inputs
 
 

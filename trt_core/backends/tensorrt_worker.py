@@ -21,6 +21,7 @@ from ..errors import TRTError
 from ..flux.architecture import FluxArchitecture
 from ..flux.attention import attend
 from ..flux.catalogue import SegmentName, segment
+from ..flux.precision import Precision
 from .base import Request
 from .tensorrt import build_plan
 
@@ -32,14 +33,16 @@ def describe(request: Request, arch: FluxArchitecture) -> dict[str, Any]:
         "architecture": asdict(arch),
         "dtype": str(request.dtype).removeprefix("torch."),
         "profile": asdict(request.profile),
+        "precision": request.precision.to_dict(),
     }
 
 
 def parse(fields: dict[str, Any], device: torch.device) -> Request:
     arch = FluxArchitecture(**{**fields["architecture"], "axes_dim": tuple(fields["architecture"]["axes_dim"])})
     profile = Profile(**{axis: ShapeRange(**bounds) for axis, bounds in fields["profile"].items()})
-    built = segment(SegmentName(fields["segment"]), arch, attend)
-    return Request(built, getattr(torch, fields["dtype"]), device, profile, built.function)
+    precision = Precision.from_dict(fields["precision"])
+    built = segment(SegmentName(fields["segment"]), arch, attend, precision)
+    return Request(built, getattr(torch, fields["dtype"]), device, profile, built.function, precision)
 
 
 def main() -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..config import Profile, ShapeRange
-from . import fused, rope, segments, weights
+from . import fp8, fused, linear, rope, segments, weights
 from .architecture import FluxArchitecture
+from .precision import FP8, INPUT_SCALE, PLAIN, SCALE, Bound, Precision
 
 
 class Axis(Enum):
@@ -26,6 +27,11 @@ class Axis(Enum):
     TXT = "txt_tokens"
     ALL = "all_tokens"
     """Text and image tokens together."""
+
+
+class BlockKind(Enum):
+    DOUBLE = "double"
+    SINGLE = "single"
 
 
 class SegmentName(Enum):
@@ -53,15 +59,14 @@ class Argument:
 class Segment:
     """A pure function of activations and weights, with all that a backend needs to compile it.
 
-    `function(*activations, *weights)` returns a tuple of tensors; `weights` are names inside a block and
-    `weight_shapes` their shapes, in the order of the function's arguments.
+    `function(*activations, *weights)` returns a tuple of tensors; `weights` are tensors of a block, by name inside it,
+    in the order of the function's arguments, FP8 matrices each followed by their scales.
     """
 
     name: SegmentName
     function: Callable[..., tuple[Tensor, ...]]
     activations: tuple[Argument, ...]
-    weights: tuple[str, ...]
-    weight_shapes: tuple[tuple[int, ...], ...]
+    weights: tuple[Bound, ...]
 
     def sizes(self, batch: int, img_tokens: int, txt_tokens: int) -> list[tuple[int, ...]]:
         """Concrete shapes of the activations for one call."""
@@ -97,12 +102,30 @@ class Segment:
                 inputs.append(angle.cos() if argument.name.endswith("cos") else angle.sin())
             else:
                 inputs.append(normal(shape, 0.3 if argument.name.endswith("mod") else 1.0, dtype))
-        for name, shape in zip(self.weights, self.weight_shapes, strict=True):
-            if name.endswith("norm.scale"):
-                inputs.append(normal(shape, 0.2, dtype).add_(1.0))
-            else:
-                inputs.append(normal(shape, shape[1] ** -0.5 if len(shape) == 2 else 0.1, dtype))
+        for weight in self.weights:
+            inputs.append(_random_weight(weight, normal, dtype, inputs[-1] if inputs else None))
         return inputs
+
+
+def _random_weight(weight: Bound, normal: Callable[..., Tensor], dtype: torch.dtype, before: Tensor) -> Tensor:
+    """Numbers at the scale of a trained model. `before`: the input before it, whose scale this one may be."""
+    name, shape = weight.name, weight.shape
+    if name.endswith(f".{SCALE}"):
+        # Rows of FP8 numbers as quantization leaves them: the largest at the end of the range.
+        return torch.full(shape, before.shape[1] ** -0.5 * _LARGEST_SIGMA / fp8.FP8_MAX, device=before.device)
+    if name.endswith(f".{INPUT_SCALE}"):
+        return torch.full(shape, _LARGEST_ACTIVATION / fp8.FP8_MAX, device=before.device)
+    if weight.dtype is FP8:
+        return normal(shape, fp8.FP8_MAX / _LARGEST_SIGMA, dtype).clamp_(-fp8.FP8_MAX, fp8.FP8_MAX).to(FP8)
+    if name.endswith("norm.scale"):
+        return normal(shape, 0.2, dtype).add_(1.0)
+    return normal(shape, shape[1] ** -0.5 if len(shape) == 2 else 0.1, dtype)
+
+
+_LARGEST_SIGMA = 4.5
+"""The largest of 3072 to 15360 normal numbers, in standard deviations."""
+_LARGEST_ACTIVATION = 24.0
+"""Beyond what random activations reach in any layer, so that nothing is clamped."""
 
 
 def axis_range(profile: Profile, axis: Axis) -> ShapeRange:
@@ -120,12 +143,17 @@ def axis_range(profile: Profile, axis: Axis) -> ShapeRange:
 @lru_cache(maxsize=1)
 def source_version() -> str:
     """Digest of the code that defines the segments: part of every engine's cache key, so an edit is a miss."""
-    text = "".join(inspect.getsource(module) for module in (segments, fused, rope))
-    text += Path(fused.__file__).with_name("triton_kernels.py").read_text()
+    text = "".join(inspect.getsource(module) for module in (segments, linear, fp8, fused, rope))
+    text += "".join(path.read_text() for path in sorted(Path(fused.__file__).parent.glob("triton_*.py")))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def segment(name: SegmentName, arch: FluxArchitecture, attention: segments.AttentionFunction | None = None) -> Segment:
+def segment(
+    name: SegmentName,
+    arch: FluxArchitecture,
+    attention: segments.AttentionFunction | None = None,
+    precision: Precision = PLAIN,
+) -> Segment:
     """The named segment for one architecture. Whole blocks need the `attention` to put inside."""
     hidden, head, mlp = arch.hidden, arch.head_dim, arch.mlp_hidden
     img, txt = (Axis.BATCH, Axis.IMG, hidden), (Axis.BATCH, Axis.TXT, hidden)
@@ -173,4 +201,17 @@ def segment(name: SegmentName, arch: FluxArchitecture, attention: segments.Atten
         )  # fmt: skip
     function, activations, names = table[name]
     shapes = weights.double_block_shapes(arch) | weights.single_block_shapes(arch)
-    return Segment(name, function, activations, names, tuple(shapes[n] for n in names))
+    if precision.fp8:
+        function = _grouping(function, len(activations), names, precision)
+    return Segment(name, function, activations, precision.bound(names, shapes))
+
+
+def _grouping(
+    function: Callable[..., tuple[Tensor, ...]], activations: int, names: tuple[str, ...], precision: Precision
+) -> Callable[..., tuple[Tensor, ...]]:
+    """`function` taking tensors only: FP8 matrices and their scales are put together again."""
+
+    def grouped(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return function(*tensors[:activations], *precision.grouped(names, tensors[activations:]))
+
+    return grouped

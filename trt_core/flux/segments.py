@@ -6,6 +6,7 @@ on timestep, guidance and pooled text: `stem.modulations` computes them once per
 
 Shapes: img [B, n_img, hidden], txt [B, n_txt, hidden], x [B, n_txt + n_img, hidden], text first; q, k, v [B, L, H, D];
 a modulation is [6, B, hidden] (shift, scale, gate for attention, then for the MLP) or [3, B, hidden] (single block).
+A `Weight` is a matrix [out, in] in the model's dtype, or an FP8 matrix with its scales.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import EPS, joint_norm_rope, norm_rope
+from .fused import joint_norm_rope, norm_rope
+from .linear import Weight, gelu_linear, join_gelu_linear, linear, norm_linear
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q, k, v), each [B, L, H, D], to [B, L, H * D]."""
@@ -25,12 +26,12 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 def double_qkv(
     img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor,
     img_cos: Tensor, img_sin: Tensor, txt_cos: Tensor, txt_sin: Tensor,
-    img_qkv: Tensor, img_qkv_bias: Tensor, img_query_norm: Tensor, img_key_norm: Tensor,
-    txt_qkv: Tensor, txt_qkv_bias: Tensor, txt_query_norm: Tensor, txt_key_norm: Tensor,
+    img_qkv: Weight, img_qkv_bias: Tensor, img_query_norm: Tensor, img_key_norm: Tensor,
+    txt_qkv: Weight, txt_qkv_bias: Tensor, txt_query_norm: Tensor, txt_key_norm: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k, v [B, n_txt + n_img, H, D] of a double block, normalised and rotated."""
-    img_qkv_out = F.linear(modulated_norm(img, img_mod[0], img_mod[1]), img_qkv, img_qkv_bias)
-    txt_qkv_out = F.linear(modulated_norm(txt, txt_mod[0], txt_mod[1]), txt_qkv, txt_qkv_bias)
+    img_qkv_out = norm_linear(img, img_mod[0], img_mod[1], img_qkv, img_qkv_bias)
+    txt_qkv_out = norm_linear(txt, txt_mod[0], txt_mod[1], txt_qkv, txt_qkv_bias)
     img_q, img_k, img_v = split_heads(img_qkv_out, img_query_norm.shape[0])
     txt_q, txt_k, txt_v = split_heads(txt_qkv_out, img_query_norm.shape[0])
     pe = (txt_cos, txt_sin, img_cos, img_sin)
@@ -41,43 +42,38 @@ def double_qkv(
 
 def double_out(
     img: Tensor, txt: Tensor, img_attn: Tensor, txt_attn: Tensor, img_mod: Tensor, txt_mod: Tensor,
-    img_proj: Tensor, img_proj_bias: Tensor, img_mlp_0: Tensor, img_mlp_0_bias: Tensor, img_mlp_2: Tensor,
+    img_proj: Weight, img_proj_bias: Tensor, img_mlp_0: Weight, img_mlp_0_bias: Tensor, img_mlp_2: Weight,
     img_mlp_2_bias: Tensor,
-    txt_proj: Tensor, txt_proj_bias: Tensor, txt_mlp_0: Tensor, txt_mlp_0_bias: Tensor, txt_mlp_2: Tensor,
+    txt_proj: Weight, txt_proj_bias: Tensor, txt_mlp_0: Weight, txt_mlp_0_bias: Tensor, txt_mlp_2: Weight,
     txt_mlp_2_bias: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """img and txt after a double block; `img_attn` and `txt_attn` [B, n, hidden] are attention's output."""
-    img = img + gate(img_mod[2]) * F.linear(img_attn, img_proj, img_proj_bias)
-    txt = txt + gate(txt_mod[2]) * F.linear(txt_attn, txt_proj, txt_proj_bias)
-    img = img + gate(img_mod[5]) * mlp(
-        modulated_norm(img, img_mod[3], img_mod[4]), img_mlp_0, img_mlp_0_bias, img_mlp_2, img_mlp_2_bias
-    )
-    txt = txt + gate(txt_mod[5]) * mlp(
-        modulated_norm(txt, txt_mod[3], txt_mod[4]), txt_mlp_0, txt_mlp_0_bias, txt_mlp_2, txt_mlp_2_bias
-    )
+    img = img + gate(img_mod[2]) * linear(img_attn, img_proj, img_proj_bias)
+    txt = txt + gate(txt_mod[2]) * linear(txt_attn, txt_proj, txt_proj_bias)
+    img = img + gate(img_mod[5]) * mlp(img, img_mod, img_mlp_0, img_mlp_0_bias, img_mlp_2, img_mlp_2_bias)
+    txt = txt + gate(txt_mod[5]) * mlp(txt, txt_mod, txt_mlp_0, txt_mlp_0_bias, txt_mlp_2, txt_mlp_2_bias)
     return finite(img), finite(txt)
 
 
 def single_qkv_mlp(
     x: Tensor, mod: Tensor, cos: Tensor, sin: Tensor,
-    linear1: Tensor, linear1_bias: Tensor, query_norm: Tensor, key_norm: Tensor,
+    linear1: Weight, linear1_bias: Tensor, query_norm: Tensor, key_norm: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k [B, L, H, D], normalised and rotated, and `wide` [B, L, 3 * hidden + mlp_hidden], linear1's whole output.
 
     v and the MLP's input are views of `wide` (`value_of`, `mlp_of`), so nothing is copied between the segments.
     """
-    wide = F.linear(modulated_norm(x, mod[0], mod[1]), linear1, linear1_bias)
+    wide = norm_linear(x, mod[0], mod[1], linear1, linear1_bias)
     hidden = x.shape[-1]
     q, k, _ = split_heads(wide[..., : 3 * hidden], query_norm.shape[0])
     return norm_rope(q, query_norm, cos, sin), norm_rope(k, key_norm, cos, sin), wide
 
 
 def single_out(
-    x: Tensor, attn: Tensor, wide: Tensor, mod: Tensor, linear2: Tensor, linear2_bias: Tensor
+    x: Tensor, attn: Tensor, wide: Tensor, mod: Tensor, linear2: Weight, linear2_bias: Tensor
 ) -> tuple[Tensor]:
     """x after a single block; `attn` [B, L, hidden], `wide` as `single_qkv_mlp` returned it."""
-    activated = F.gelu(mlp_of(wide, x.shape[-1]), approximate="tanh")
-    out = F.linear(torch.cat((attn, activated), -1), linear2, linear2_bias)
+    out = join_gelu_linear(attn, mlp_of(wide, x.shape[-1]), linear2, linear2_bias)
     return (finite(x + gate(mod[2]) * out),)
 
 
@@ -86,7 +82,7 @@ def double_block(attention: AttentionFunction) -> Callable[..., tuple[Tensor, Te
 
     def block(
         img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor,
-        img_cos: Tensor, img_sin: Tensor, txt_cos: Tensor, txt_sin: Tensor, *weights: Tensor,
+        img_cos: Tensor, img_sin: Tensor, txt_cos: Tensor, txt_sin: Tensor, *weights: Weight,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         q, k, v = double_qkv(img, txt, img_mod, txt_mod, img_cos, img_sin, txt_cos, txt_sin, *weights[:8])
         attn = attention(q, k, v)
@@ -99,7 +95,7 @@ def double_block(attention: AttentionFunction) -> Callable[..., tuple[Tensor, Te
 def single_block(attention: AttentionFunction) -> Callable[..., tuple[Tensor]]:
     """A whole single block with `attention` inside: `single_qkv_mlp`, attention, `single_out`."""
 
-    def block(x: Tensor, mod: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor) -> tuple[Tensor]:
+    def block(x: Tensor, mod: Tensor, cos: Tensor, sin: Tensor, *weights: Weight) -> tuple[Tensor]:
         q, k, wide = single_qkv_mlp(x, mod, cos, sin, *weights[:4])
         attn = attention(q, k, value_of(wide, q))
         return single_out(x, attn, wide, mod, *weights[4:])
@@ -117,18 +113,13 @@ def mlp_of(wide: Tensor, hidden: int) -> Tensor:
     return wide[..., 3 * hidden :]
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm of `x` without weights, then * (1 + scale) + shift; shift and scale [B, hidden]."""
-    normed = F.layer_norm(x, (x.shape[-1],), eps=EPS)
-    return normed * (1 + scale[:, None, :]) + shift[:, None, :]
-
-
 def gate(value: Tensor) -> Tensor:
     return value[:, None, :]
 
 
-def mlp(x: Tensor, weight_0: Tensor, bias_0: Tensor, weight_2: Tensor, bias_2: Tensor) -> Tensor:
-    return F.linear(F.gelu(F.linear(x, weight_0, bias_0), approximate="tanh"), weight_2, bias_2)
+def mlp(x: Tensor, mod: Tensor, weight_0: Weight, bias_0: Tensor, weight_2: Weight, bias_2: Tensor) -> Tensor:
+    """The MLP of a double block's stream, its modulated layer norm included."""
+    return gelu_linear(norm_linear(x, mod[3], mod[4], weight_0, bias_0), weight_2, bias_2)
 
 
 def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,15 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import fp8
 from .architecture import FluxArchitecture
-from .segments import modulated_norm
+from .fused import modulated_norm
+from .precision import SCALE
 from .weights import SWAPPED_HALVES
 
 Weights = Mapping[str, Tensor]
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
-    return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+    """The layer's product; one stored in FP8 (modulations) is read as such and multiplied in the inputs' dtype."""
+    weight, bias, scale = weights[f"{name}.weight"], weights[f"{name}.bias"], weights.get(f"{name}.{SCALE}")
+    return F.linear(x, weight, bias) if scale is None else fp8.weight_only_linear(x, weight, scale, bias)
 
 
 def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10000.0) -> Tensor:

@@ -1,0 +1,175 @@
+"""Bound weights of which some are FP8: their bases stay in full precision, and every refit quantizes from them anew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .base_storage import GPU_RESERVE_BYTES, HostSlabs
+from .config import BaseWeights
+from .flux import fp8
+from .flux.architecture import FluxArchitecture
+from .flux.precision import FP8, INPUT_SCALE, SCALE
+from .flux.weights import weight_shapes
+from .fp8_recipe import Fp8Recipe, Granularity
+from .lora.changes import Additive, Patch, merged
+from .weights import BoundWeights, disjoint
+
+
+class Fp8Weights(BoundWeights):
+    """FP8 matrices with their scales, and everything else as it is.
+
+    Merged = round_fp8(base + delta) with a scale of its own for every row (or matrix): a change of half a percent
+    survives, where adding it to an FP8 matrix would lose four fifths of it.
+    """
+
+    def __init__(
+        self, weights: Iterable[tuple[str, Tensor]], recipe: Fp8Recipe, place: BaseWeights, slabs: HostSlabs,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        """`weights` one by one, on any device, all are bound on `device`; a tensor that is where `place` wants the
+        bases, `GPU` or `HOST`, stays the base itself."""
+        self._recipe, self._per_row = recipe, recipe.config.granularity is Granularity.ROW
+        self._granularity = fp8.Granularity.PER_ROW if self._per_row else fp8.Granularity.PER_TENSOR
+        self._originals: dict[str, Tensor] = {}
+        self._slabs = slabs
+        slabs.reset()
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in weights:
+            if self._is_fp8(name):
+                self._dtype = tensor.dtype
+                tensors |= self._new(name, tensor, device)
+                self._originals[name] = self._placed(tensor, place, device)
+            else:
+                tensors[name] = tensor.to(device)
+        super().__init__(tensors, place, HostSlabs())
+        for name in self._originals:
+            self._write(name, ())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    def base(self, name: str) -> Tensor:
+        return self._originals[name] if name in self._originals else super().base(name)
+
+    def readable(self, name: str) -> Tensor | None:
+        if name not in self._originals:
+            return super().readable(name)
+        return fp8.dequantize(self.tensors[name], self.tensors[_scale(name)], self._dtype)
+
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        scales = (f".{SCALE}", f".{INPUT_SCALE}")
+        return {name: shape for name, shape in super().base_shapes().items() if not name.endswith(scales)}
+
+    @property
+    def base_gpu_bytes(self) -> int:
+        return super().base_gpu_bytes + sum(t.nbytes for t in self._originals.values() if t.is_cuda)
+
+    @property
+    def base_host_bytes(self) -> int:
+        return super().base_host_bytes + sum(t.nbytes for t in self._originals.values() if not t.is_cuda)
+
+    def _is_fp8(self, name: str) -> bool:
+        layer, _, kind = name.rpartition(".")
+        return kind == "weight" and layer in self._recipe.linears
+
+    def _new(self, name: str, tensor: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """The bound tensors of one FP8 weight, not yet written."""
+        layer = name.removesuffix(".weight")
+        scale_shape = (tensor.shape[0], 1) if self._per_row else (1,)
+        found = {
+            name: torch.empty(tensor.shape, dtype=FP8, device=device),
+            _scale(name): torch.empty(scale_shape, dtype=torch.float32, device=device),
+        }
+        if layer in self._recipe.input_amax:
+            found[f"{layer}.{INPUT_SCALE}"] = torch.full((1,), self._recipe.input_scale(layer), device=device)
+        return found
+
+    def _placed(self, tensor: Tensor, place: BaseWeights, device: torch.device) -> Tensor:
+        if place is BaseWeights.HOST and tensor.is_cuda:
+            return self._slabs.take(tensor).copy_(tensor)
+        return tensor.to(device) if place is BaseWeights.GPU else tensor
+
+    def _keep(self, names: Sequence[str]) -> None:
+        super()._keep([name for name in names if name not in self._originals])
+
+    def _kept(self, name: str) -> Tensor:
+        return self._originals[name] if name in self._originals else super()._kept(name)
+
+    def _write(self, name: str, patches: Sequence[tuple[Patch, float]]) -> None:
+        if name not in self._originals:
+            super()._write(name, patches)
+            return
+        base = self._originals[name].to(self.device, non_blocking=True)
+        if not disjoint(patches):
+            self._quantize(name, merged(base, patches))
+        elif self._per_row:
+            for start, stop, patch in _row_ranges(base.shape[0], patches):
+                self._quantize_rows(name, base, start, stop, patch)
+        else:
+            self._quantize(name, merged(base, patches) if patches else base)
+
+    def _quantize(self, name: str, value: Tensor) -> None:
+        out = (self.tensors[name], self.tensors[_scale(name)])
+        fp8.merge_quantize(value, None, 1.0, self._granularity, out)
+
+    def _quantize_rows(
+        self, name: str, base: Tensor, start: int, stop: int, patch: tuple[Patch, float] | None
+    ) -> None:
+        out = (self.tensors[name][start:stop], self.tensors[_scale(name)][start:stop])
+        delta, factor = _delta(patch, base[start:stop])
+        fp8.merge_quantize_rows(base[start:stop], delta, factor, out)
+
+    def _put(self, name: str, value: Tensor) -> None:
+        if name not in self._originals:
+            super()._put(name, value)
+            return
+        out = tuple(torch.empty_like(t, device="cpu") for t in (self.tensors[name], self.tensors[_scale(name)]))
+        fp8.merge_quantize(value, None, 1.0, self._granularity, out)
+        self.tensors[name].copy_(out[0])
+        self.tensors[_scale(name)].copy_(out[1])
+
+
+def base_place(
+    mode: BaseWeights, arch: FluxArchitecture, recipe: Fp8Recipe, device: torch.device, given_there: bool
+) -> BaseWeights:
+    """Where bases of FP8 weights go, `GPU` or `HOST`: as asked for, or on the GPU where both copies fit.
+
+    `given_there`: the full-size weights are on `device` already.
+    """
+    if device.type != "cuda" or mode is not BaseWeights.AUTO:
+        return BaseWeights.GPU if device.type != "cuda" else mode
+    elements = sum(math.prod(weight_shapes(arch)[f"{name}.weight"]) for name in recipe.linears)
+    needed_bytes = elements * (1 if given_there else 3)
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return BaseWeights.GPU if free_bytes >= needed_bytes + GPU_RESERVE_BYTES else BaseWeights.HOST
+
+
+def _scale(name: str) -> str:
+    return f"{name.removesuffix('weight')}{SCALE}"
+
+
+def _row_ranges(
+    rows: int, patches: Sequence[tuple[Patch, float]]
+) -> Iterator[tuple[int, int, tuple[Patch, float] | None]]:
+    """All rows in order, cut where a patch begins or ends; rows are quantized one by one, so each can go alone."""
+    covered = 0
+    for patch, strength in sorted(patches, key=lambda item: item[0].rows or (0, 0)):
+        start, stop = patch.rows or (0, rows)
+        if covered < start:
+            yield covered, start, None
+        yield start, stop, (patch, strength)
+        covered = stop
+    if covered < rows:
+        yield covered, rows, None
+
+
+def _delta(patch: tuple[Patch, float] | None, base: Tensor) -> tuple[Tensor | None, float]:
+    """What to add to these rows, fp32, and its factor."""
+    if patch is None or patch[1] == 0 or not isinstance(change := patch[0].change, Additive):
+        return None, 1.0
+    return change.delta(base.device).reshape(base.shape), patch[1] * change.scale
