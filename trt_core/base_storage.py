@@ -1,113 +1,159 @@
-"""Keeps the unchanged weights of LoRA-touched layers: on the GPU where there is room, else in pinned host memory."""
+"""Keeps the unchanged weights of LoRA-touched layers: on the GPU where there is room, else in pinned host memory, else
+nowhere: they are read again from the program's own copy."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from enum import Enum
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .config import BaseWeights
 from .errors import OutOfMemory
+from .host_slabs import HostSlabs, piece_bytes
 
 _LOG = logging.getLogger("trt_core.weights")
 
 GPU_RESERVE_BYTES = 3 * 2**30
 """Left free on the GPU when base weights go there: activations, VAE decode, and the fp32 sum of the largest layer."""
-_ALIGNMENT_BYTES = 256
-_SLAB_BYTES = 2**30
-"""Host memory is pinned in slabs of a power of two, because PyTorch's pinned allocator rounds every block up to one:
-a 132 MB weight by itself would take 256 MB."""
 
 
-class HostSlabs:
-    """Pinned host memory, handed out piece by piece and kept for the next use: pinning takes 0.4 s per GiB."""
+class BaseSource(Protocol):
+    """A copy of all unchanged weights that the program around us has anyway: kept copies then only save time."""
 
-    def __init__(self) -> None:
-        self._slabs: list[Tensor] = []
-        self._used: list[int] = []
+    def read(self, name: str, device: torch.device) -> Tensor:
+        """The unchanged weight in the bound dtype: the same bits each time, in memory that is the caller's."""
 
-    def take(self, like: Tensor) -> Tensor:
-        """A pinned tensor of the shape and dtype of `like`, valid until `reset`. Raises `OutOfMemory`."""
-        size = -(-like.numel() * like.element_size() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        # The first slab with room: small weights fill what large ones leave, else a tenth of the memory would be lost.
-        index = next((i for i, used in enumerate(self._used) if used + size <= self._slabs[i].numel()), None)
-        if index is None:
-            self._slabs.append(_pinned(max(_SLAB_BYTES, size)))
-            self._used.append(0)
-            index = len(self._slabs) - 1
-        start = self._used[index]
-        self._used[index] += size
-        piece = self._slabs[index][start : start + like.numel() * like.element_size()]
-        return piece.view(like.dtype).view(like.shape)
+    def spare_gpu_bytes(self) -> int:
+        """GPU memory that copies may take now, beside what the program needs next."""
 
-    def reset(self) -> None:
-        """Everything handed out is free again; the memory stays pinned."""
-        self._used = [0] * len(self._slabs)
+    def spare_host_bytes(self) -> int:
+        """Host memory that may be pinned for copies now."""
+
+
+class _Place(Enum):
+    GPU = "GPU"
+    HOST = "host"
+    SOURCE = "source"
 
 
 class BaseStorage:
-    """Copies of base weights by name. `mode` says where new ones go; `AUTO` looks at free GPU memory each time."""
+    """Base weights by name. `mode` says where copies go; `AUTO` looks at free GPU memory each time.
 
-    def __init__(self, mode: BaseWeights, device: torch.device, slabs: HostSlabs | None = None) -> None:
+    With a `source`, host copies are made only where host memory is spare, and GPU copies can be taken back at any time
+    (`free_gpu`): what has no copy is read from the source, and copied again once there is room.
+    """
+
+    def __init__(
+        self, mode: BaseWeights, device: torch.device, slabs: HostSlabs | None = None, source: BaseSource | None = None
+    ) -> None:
         self._mode, self._device = mode, device
         self._gpu: dict[str, Tensor] = {}
         self._host: dict[str, Tensor] = {}
-        self._slabs = slabs or HostSlabs()
+        self._uncopied: dict[str, int] = {}
+        """Bytes of those that are read from the source."""
+        self._slabs, self._source = slabs or HostSlabs(), source
         self._slabs.reset()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._gpu or name in self._host
+        return name in self._gpu or name in self._host or name in self._uncopied
 
     def __getitem__(self, name: str) -> Tensor:
-        """The base weight, on the GPU or in pinned host memory."""
-        return self._gpu[name] if name in self._gpu else self._host[name]
+        """The base weight, on the GPU or in host memory; not to be changed."""
+        if name in self._gpu:
+            return self._gpu[name]
+        if name in self._host:
+            return self._host[name]
+        if name not in self._uncopied or self._source is None:
+            raise KeyError(name)
+        return self._read(name, self._source)
 
     def keep(self, weights: Mapping[str, Tensor]) -> None:
-        """Copies these weights before they are changed; all or none. Raises `OutOfMemory`."""
+        """Remembers these weights before they are changed; all or none. Raises `OutOfMemory`."""
         new = {name: tensor for name, tensor in weights.items() if name not in self}
-        needed = sum(t.numel() * t.element_size() for t in new.values())
-        if not new:
-            return
-        if self._where(needed) is BaseWeights.GPU:
-            self._keep_on_gpu(new)
-        else:
-            self._keep_on_host(new)
+        if new:
+            self._keep_in(self._where(_bytes(new.values())), new)
 
     def give_back(self, name: str) -> None:
         """The weight is unchanged again: GPU copies go, host copies stay for the next LoRA (pinning is slow)."""
         self._gpu.pop(name, None)
+        self._uncopied.pop(name, None)
 
     def forget(self) -> None:
         """Drops every copy; the weights they belong to are gone or were replaced."""
         self._gpu.clear()
         self._host.clear()
+        self._uncopied.clear()
         self._slabs.reset()
+
+    def free_gpu(self, wanted_bytes: float) -> int:
+        """Lets go of GPU copies until `wanted_bytes` are free or none is left; returns the bytes that are free now.
+
+        Without a source they move to host memory.
+        """
+        going: dict[str, Tensor] = {}
+        for name in self._gpu:
+            if _bytes(going.values()) >= wanted_bytes:
+                break
+            going[name] = self._gpu[name]
+        if self._source is None and self._device.type != "cuda":
+            return 0  # they lie in host memory already, and nobody else has them
+        self._keep_in(_Place.HOST if self._source is None else _Place.SOURCE, going)
+        for name in going:
+            del self._gpu[name]
+        return _bytes(going.values())
 
     @property
     def gpu_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self._gpu.values())
+        """What lies on the device of the bound weights."""
+        return _bytes(self._gpu.values())
 
     @property
     def host_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self._host.values())
+        return _bytes(self._host.values())
 
-    def _where(self, needed_bytes: int) -> BaseWeights:
-        if self._mode is not BaseWeights.AUTO or self._device.type != "cuda":
-            return self._mode if self._device.type == "cuda" else BaseWeights.GPU
+    def _where(self, needed_bytes: int) -> _Place:
+        if self._device.type != "cuda":
+            copied = self._source is None or self._mode is BaseWeights.GPU
+            return _Place.GPU if copied else _Place.SOURCE  # nothing is faster than to read it from there
+        if self._mode is BaseWeights.GPU or (self._mode is BaseWeights.AUTO and self._fits_gpu(needed_bytes)):
+            return _Place.GPU
+        return _Place.HOST if self._fits_host(needed_bytes) else _Place.SOURCE
+
+    def _fits_gpu(self, needed_bytes: int) -> bool:
+        if self._source is not None and needed_bytes > self._source.spare_gpu_bytes():
+            return False
+        if self._device.type != "cuda":
+            return True
         free, _ = torch.cuda.mem_get_info(self._device)
         reusable = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        fits = free + reusable >= needed_bytes + GPU_RESERVE_BYTES
         _LOG.debug("base weights: %d bytes needed, %d free on the GPU", needed_bytes, free + reusable)
-        return BaseWeights.GPU if fits else BaseWeights.HOST
+        return free + reusable >= needed_bytes + GPU_RESERVE_BYTES
+
+    def _fits_host(self, needed_bytes: int) -> bool:
+        if self._source is None:
+            return True
+        to_pin = needed_bytes - self._slabs.free_bytes
+        return to_pin <= 0 or to_pin <= self._source.spare_host_bytes()
+
+    def _keep_in(self, place: _Place, weights: Mapping[str, Tensor]) -> None:
+        if place is _Place.GPU:
+            self._keep_on_gpu(weights)
+        elif place is _Place.HOST:
+            self._keep_on_host(weights)
+        else:
+            self._uncopied.update({name: piece_bytes(tensor) for name, tensor in weights.items()})
 
     def _keep_on_gpu(self, weights: Mapping[str, Tensor]) -> None:
         try:
             copies = {name: tensor.clone() for name, tensor in weights.items()}
         except torch.OutOfMemoryError as error:
             if self._mode is BaseWeights.AUTO:
-                self._keep_on_host(weights)
+                self._keep_in(_Place.HOST if self._fits_host(_bytes(weights.values())) else _Place.SOURCE, weights)
                 return
             raise OutOfMemory(
                 "The base weights do not fit on the GPU beside the bound ones.",
@@ -117,19 +163,43 @@ class BaseStorage:
         self._gpu.update(copies)
 
     def _keep_on_host(self, weights: Mapping[str, Tensor]) -> None:
+        try:
+            self._host.update(self._host_copies(weights, sum(map(piece_bytes, weights.values()))))
+        except OutOfMemory as error:
+            if self._source is None:
+                raise
+            _LOG.warning("%s Base weights are read again at each refit instead.", error.what)
+            self._keep_in(_Place.SOURCE, weights)
+
+    def _host_copies(self, weights: Mapping[str, Tensor], still_needed_bytes: int) -> dict[str, Tensor]:
         copies = {}
-        for name, tensor in weights.items():
-            copies[name] = self._slabs.take(tensor).copy_(tensor, non_blocking=True)
-        torch.cuda.synchronize(self._device)
-        self._host.update(copies)
+        with self._slabs.all_or_none():
+            # The largest first: what they leave of a slab is filled by the small ones.
+            for name, tensor in sorted(weights.items(), key=lambda item: -piece_bytes(item[1])):
+                copies[name] = self._slabs.take(tensor, still_needed_bytes).copy_(tensor, non_blocking=True)
+                still_needed_bytes -= piece_bytes(tensor)
+            torch.cuda.synchronize(self._device)
+        return copies
+
+    def _read(self, name: str, source: BaseSource) -> Tensor:
+        try:
+            tensor = source.read(name, self._device)
+        except torch.OutOfMemoryError:
+            return source.read(name, torch.device("cpu"))  # a refit that ran out of memory is rolled back from there
+        self._copy_again(name, tensor)
+        return tensor
+
+    def _copy_again(self, name: str, tensor: Tensor) -> None:
+        """Keeps what was just read where there is room by now."""
+        waiting = sum(self._uncopied.values())
+        if self._where(0) is _Place.GPU and self._fits_gpu(tensor.nbytes):
+            self._gpu[name] = tensor
+            del self._uncopied[name]
+        elif self._device.type == "cuda" and self._fits_host(waiting):
+            with suppress(OutOfMemory):
+                self._host |= self._host_copies({name: tensor}, waiting)
+                del self._uncopied[name]
 
 
-def _pinned(size_bytes: int) -> Tensor:
-    try:
-        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:
-        raise OutOfMemory(
-            f"{size_bytes / 2**30:.1f} GiB of host memory for base weights could not be pinned.",
-            fix='Close other programs, or use base_weights="gpu" where the GPU has room.',
-            widget="base_weights",
-        ) from error
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

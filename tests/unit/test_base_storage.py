@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trt_core import base_storage
-from trt_core.base_storage import BaseStorage
+from trt_core.base_storage import BaseStorage, _Place
 from trt_core.config import BaseWeights
-from trt_core.errors import OutOfMemory
 
 CPU = torch.device("cpu")
 
@@ -85,50 +83,14 @@ def test_where_bases_go_on_a_gpu_is_decided_from_free_memory(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     gpu = torch.device("cuda", 0)
     where = BaseStorage(BaseWeights.AUTO, gpu)._where
-    assert where(2 * 2**30) is BaseWeights.GPU
-    assert where(2 * 2**30 + 1) is BaseWeights.HOST, "3 GiB stay free for activations"
-    assert BaseStorage(BaseWeights.GPU, gpu)._where(10**12) is BaseWeights.GPU
-    assert BaseStorage(BaseWeights.HOST, gpu)._where(1) is BaseWeights.HOST
+    assert where(2 * 2**30) is _Place.GPU
+    assert where(2 * 2**30 + 1) is _Place.HOST, "3 GiB stay free for activations"
+    assert BaseStorage(BaseWeights.GPU, gpu)._where(10**12) is _Place.GPU
+    assert BaseStorage(BaseWeights.HOST, gpu)._where(1) is _Place.HOST
 
 
-# -- pinned host memory, with plain memory in its place --------------------------------------------------------------
-
-
-@pytest.fixture
-def slabs(monkeypatch: pytest.MonkeyPatch) -> tuple[base_storage.HostSlabs, list[int]]:
-    """Slabs of 4 KiB, and the sizes that were asked of the system."""
-    asked: list[int] = []
-
-    def plain(size_bytes: int) -> torch.Tensor:
-        asked.append(size_bytes)
-        return torch.empty(size_bytes, dtype=torch.uint8)
-
-    monkeypatch.setattr(base_storage, "_pinned", plain)
-    monkeypatch.setattr(base_storage, "_SLAB_BYTES", 4096)
-    return base_storage.HostSlabs(), asked
-
-
-def test_pieces_of_a_slab_do_not_overlap(slabs: tuple[base_storage.HostSlabs, list[int]]) -> None:
-    sizes, kinds = (3, 100, 700, 1, 900, 33), (torch.float32, torch.bfloat16)
-    likes = [torch.empty(size, 1, dtype=kinds[index % 2]) for index, size in enumerate(sizes)]
-    pieces = [slabs[0].take(like).fill_(index) for index, like in enumerate(likes)]
-    for index, (piece, like) in enumerate(zip(pieces, likes, strict=True)):
-        assert (piece.shape, piece.dtype) == (like.shape, like.dtype)
-        assert (piece == index).all(), "a later piece was written into this one"
-        assert piece.data_ptr() % 16 == pieces[0].data_ptr() % 16
-
-
-def test_slabs_are_kept_and_a_large_weight_gets_its_own(slabs: tuple[base_storage.HostSlabs, list[int]]) -> None:
-    wanted = [torch.empty(size, dtype=torch.uint8) for size in (3000, 3000, 10000, 500)]
-    for _ in range(3):
-        pieces = [slabs[0].take(like).fill_(index) for index, like in enumerate(wanted)]
-        assert all((piece == index).all() for index, piece in enumerate(pieces))
-        slabs[0].reset()
-    assert slabs[1] == [4096, 4096, 10240], "the last one fits beside the first, and nothing is pinned again"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here memory can be pinned")
-def test_memory_that_cannot_be_pinned_says_what_to_do() -> None:
-    with pytest.raises(OutOfMemory, match=r"could not be pinned.*base_weights=\"gpu\"") as caught:
-        base_storage.HostSlabs().take(torch.zeros(4))
-    assert caught.value.widget == "base_weights"
+def test_without_a_source_nothing_on_a_cpu_can_be_freed(storage: BaseStorage) -> None:
+    storage.keep(weights())
+    held = storage.gpu_bytes
+    assert storage.free_gpu(1e32) == 0
+    assert storage.gpu_bytes == held
