@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from .config import CompileConfig
 from .diffusers_adapter import flux_class
-from .diffusers_binding import DiffusersBinding
+from .diffusers_binding import DiffusersBinding, Slot
 from .eager_blocks import block_overrides, why_eager_blocks, why_eager_model
 from .errors import UnsupportedModel
-from .extras import Extras
+from .extras import DoubleOverride, Extras, SingleOverride
 from .flux.architecture import FluxArchitecture
 from .forward_hooks import refuse_foreign_forward, swap_class
+from .fp8_model import compute_device, moving, overrides_on, require_fp8, show_base
+from .fp8_recipe import Fp8Recipe, attached_recipe
 from .host import Progress
 from .mutable_module import MutableTRTModule, Report
 from .peft_patches import read_patches
@@ -71,6 +73,7 @@ class CompiledState:
         self._binding: DiffusersBinding | None = None
         self._model_said: set[str] = set()
         self._model = model
+        self._recipe: Fp8Recipe | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledState:
         """A copied transformer binds its own weights and compiles at its first call, from the cache where it can."""
@@ -86,6 +89,9 @@ class CompiledState:
             self._say({"the whole model": reason})
             self.release()
             return False
+        if (recipe := attached_recipe(self._model)) is not self._recipe:
+            self.release()
+            self._recipe = recipe
         self._bind_or_bring_home()
         binding = self._present_binding()
         eager = why_eager_blocks(self._model)
@@ -107,6 +113,27 @@ class CompiledState:
         self._refit({})
         self._binding = None
         self.module.unload()  # a model that moves away must not leave its fused weights behind
+
+    def whole_model(self) -> nn.Module:
+        """The model ready to run as diffusers runs it: all of it where it computes, also what FP8 keeps elsewhere."""
+        if attached_recipe(self._model) is not None:
+            device = compute_device(self._model)
+            nn.Module._apply(self._model, lambda tensor: tensor.to(device))
+        return self._model
+
+    def overrides(self) -> tuple[dict[int, DoubleOverride], dict[int, SingleOverride]]:
+        """diffusers' own blocks, for those that run eagerly."""
+        doubles, singles = block_overrides(self._model, self.eager)
+        if self._recipe is None or not (doubles or singles):
+            return doubles, singles
+        return overrides_on(compute_device(self._model), self._present_binding().slots, doubles, singles)
+
+    def moving(self, move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """What `.to(...)` shall do to each tensor: FP8's bases may stay in host memory."""
+        recipe = attached_recipe(self._model)
+        if recipe is None:
+            return move
+        return moving(self._model, _architecture(self._model), recipe, self.module.config.base_weights, move)
 
     def close(self) -> None:
         self.release()
@@ -133,6 +160,9 @@ class CompiledState:
         moved = self._binding.moved()
         if not moved:
             return
+        if self._recipe is not None:
+            self._bind_anew(moved)
+            return
         restored = {slot.name for slot in moved} & self.module.weights.touched
         reassigned = [(p, p.data) for slot in moved if (p := slot.parameter()) is not None]
         self._refit({})
@@ -153,7 +183,24 @@ class CompiledState:
             self.module.close()
             self.module = MutableTRTModule(arch, config, progress)
         self._binding = DiffusersBinding(self._model, arch)
-        self.module.load(self._binding.tensors, scale_first=True)
+        if self._recipe is None:
+            self.module.load(self._binding.tensors, scale_first=True)
+            return
+        device = compute_device(self._model)
+        require_fp8(device)
+        self.module.load_fp8(
+            self._binding.tensors, self._recipe, device, show_base(self._binding), scale_first=True
+        )  # fmt: skip
+        self._binding.point_at_bases(self.module.weights)
+
+    def _bind_anew(self, moved: list[Slot]) -> None:
+        """FP8: a re-assigned parameter is a new base, from which everything is quantized again."""
+        reassigned = [(p, p.data) for slot in moved if (p := slot.parameter()) is not None]
+        self.release()
+        for parameter, data in reassigned:  # the release pointed them at their old bases
+            parameter.data = data
+        _LOG.info("%d re-assigned weights: quantizing the model again", len(moved))
+        self._bind()
 
     def _present_binding(self) -> DiffusersBinding:
         if self._binding is None:
@@ -210,7 +257,7 @@ def _forward(
             state._say({"the whole model": f"joint_attention_kwargs has {', '.join(sorted(kwargs))}"})
         if kwargs or not state.prepare():
             return _original(self).forward(
-                self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance,
+                state.whole_model(), hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance,
                 kwargs or None, controlnet_block_samples, controlnet_single_block_samples, return_dict,
                 controlnet_blocks_repeat,
             )  # fmt: skip
@@ -219,7 +266,7 @@ def _forward(
         extras = Extras(
             _spread(controlnet_block_samples, state.module.arch.double_depth, controlnet_blocks_repeat),
             _spread(controlnet_single_block_samples, state.module.arch.single_depth, False),
-            *block_overrides(self, state.eager),
+            *state.overrides(),
         )
         dtype = self.x_embedder.weight.dtype if hasattr(self.x_embedder, "weight") else hidden_states.dtype
         output = state.module(
@@ -265,6 +312,15 @@ def _released(name: str) -> Callable[..., Any]:
     return method
 
 
+def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    """What is behind .to(), .cuda(), .half(), while every parameter shows its base weight."""
+    state: CompiledState | None = getattr(self, _STATE, None)
+    if state is None:
+        return _original(self)._apply(self, fn, recurse)
+    state.release()
+    return _original(self)._apply(self, state.moving(fn), recurse)
+
+
 def _report(self: Any) -> Report:
     """What runs where: segments and backends, build seconds, the last refit, blocks that run eagerly and why."""
     state: CompiledState = getattr(self, _STATE)
@@ -298,13 +354,14 @@ def _spread(samples: Sequence[Tensor] | None, depth: int, repeat: bool) -> list[
 _METHODS = {
     "forward": _forward,
     "trt_report": _report,
+    "_apply": _apply,
     **{
         name: _released(name)
         for name in (
             # fuse and unfuse write to the base; load_lora_adapter and add_adapter make adapters where the base lies,
-            # which may be host memory, and may swap them in place; _apply is behind .to(), .cuda(), .half().
+            # which may be host memory, and may swap them in place.
             "fuse_lora", "unfuse_lora", "load_lora_adapter", "add_adapter", "unload_lora", "load_state_dict",
-            "state_dict", "save_pretrained", "_apply", "fuse_qkv_projections", "unfuse_qkv_projections",
+            "state_dict", "save_pretrained", "fuse_qkv_projections", "unfuse_qkv_projections",
         )
     },
 }  # fmt: skip

@@ -49,7 +49,7 @@ class DiffusersBinding:
     """The slots of one transformer and the tensors they are bound to."""
 
     def __init__(self, model: nn.Module, arch: FluxArchitecture) -> None:
-        self.slots = list(_slots(model, arch))
+        self.slots = list(find_slots(model, arch))
         self.blocks = _blocks(model)
         self.tensors = self._bind()
         self._addresses = [slot.of(self.tensors[slot.name]).data_ptr() for slot in self.slots]
@@ -161,7 +161,8 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [*model.transformer_blocks, *model.single_transformer_blocks]  # type: ignore[union-attr, list-item]
 
 
-def _slots(model: nn.Module, arch: FluxArchitecture) -> Iterator[Slot]:
+def find_slots(model: nn.Module, arch: FluxArchitecture) -> Iterator[Slot]:
+    """Every parameter's place in a diffusers model; raises `UnsupportedModel` where one is missing."""
     for name, parts in diffusers_parts(arch).items():
         for part in parts:
             yield _slot(model, name, part, whole=len(parts) == 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from .fp8_recipe import Fp8Recipe, Granularity
 from .lora.changes import Additive, Patch, merged
 from .weights import BoundWeights, disjoint
 
+Placed = Callable[[str, Tensor], None]
+"""(name, base): where the base of a weight is from now on."""
+
 
 class Fp8Weights(BoundWeights):
     """FP8 matrices with their scales, and everything else as it is.
@@ -28,12 +31,11 @@ class Fp8Weights(BoundWeights):
 
     def __init__(
         self, weights: Iterable[tuple[str, Tensor]], recipe: Fp8Recipe, place: BaseWeights, slabs: HostSlabs,
-        device: torch.device,
+        device: torch.device, placed: Placed | None = None,
     ) -> None:  # fmt: skip
         """`weights` one by one, on any device, all are bound on `device`; a tensor that is where `place` wants the
-        bases, `GPU` or `HOST`, stays the base itself."""
+        bases, on the GPU or in pinned host memory, stays the base itself. `placed` is told each base at once."""
         self._recipe, self._per_row = recipe, recipe.config.granularity is Granularity.ROW
-        self._granularity = fp8.Granularity.PER_ROW if self._per_row else fp8.Granularity.PER_TENSOR
         self._originals: dict[str, Tensor] = {}
         self._slabs = slabs
         slabs.reset()
@@ -42,12 +44,13 @@ class Fp8Weights(BoundWeights):
             if self._is_fp8(name):
                 self._dtype = tensor.dtype
                 tensors |= self._new(name, tensor, device)
-                self._originals[name] = self._placed(tensor, place, device)
+                self._originals[name] = base = self._placed(tensor, place, device)
+                self._quantize(name, tensor.to(device), tensors)
             else:
-                tensors[name] = tensor.to(device)
+                tensors[name] = base = tensor.to(device)
+            if placed is not None:
+                placed(name, base)
         super().__init__(tensors, place, HostSlabs())
-        for name in self._originals:
-            self._write(name, ())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,9 +64,10 @@ class Fp8Weights(BoundWeights):
             return super().readable(name)
         return fp8.dequantize(self.tensors[name], self.tensors[_scale(name)], self._dtype)
 
-    def base_shapes(self) -> dict[str, tuple[int, ...]]:
-        scales = (f".{SCALE}", f".{INPUT_SCALE}")
-        return {name: shape for name, shape in super().base_shapes().items() if not name.endswith(scales)}
+    @property
+    def base_names(self) -> list[str]:
+        """BFL names of the weights as they were given, without the scales."""
+        return [name for name in self.tensors if not name.endswith((f".{SCALE}", f".{INPUT_SCALE}"))]
 
     @property
     def base_gpu_bytes(self) -> int:
@@ -90,7 +94,7 @@ class Fp8Weights(BoundWeights):
         return found
 
     def _placed(self, tensor: Tensor, place: BaseWeights, device: torch.device) -> Tensor:
-        if place is BaseWeights.HOST and tensor.is_cuda:
+        if place is BaseWeights.HOST and not tensor.is_pinned():
             return self._slabs.take(tensor).copy_(tensor)
         return tensor.to(device) if place is BaseWeights.GPU else tensor
 
@@ -113,23 +117,24 @@ class Fp8Weights(BoundWeights):
         else:
             self._quantize(name, merged(base, patches) if patches else base)
 
-    def _quantize(self, name: str, value: Tensor) -> None:
-        out = (self.tensors[name], self.tensors[_scale(name)])
-        fp8.merge_quantize(value, None, 1.0, self._granularity, out)
+    def _quantize(self, name: str, value: Tensor, tensors: Mapping[str, Tensor] | None = None) -> None:
+        tensors = tensors or self.tensors
+        out = (tensors[name], tensors[_scale(name)])
+        fp8.merge_quantize(value, None, 1.0, out, per_row=self._per_row)
 
     def _quantize_rows(
         self, name: str, base: Tensor, start: int, stop: int, patch: tuple[Patch, float] | None
     ) -> None:
         out = (self.tensors[name][start:stop], self.tensors[_scale(name)][start:stop])
         delta, factor = _delta(patch, base[start:stop])
-        fp8.merge_quantize_rows(base[start:stop], delta, factor, out)
+        fp8.merge_quantize(base[start:stop], delta, factor, out)
 
     def _put(self, name: str, value: Tensor) -> None:
         if name not in self._originals:
             super()._put(name, value)
             return
         out = tuple(torch.empty_like(t, device="cpu") for t in (self.tensors[name], self.tensors[_scale(name)]))
-        fp8.merge_quantize(value, None, 1.0, self._granularity, out)
+        fp8.merge_quantize(value, None, 1.0, out, per_row=self._per_row)
         self.tensors[name].copy_(out[0])
         self.tensors[_scale(name)].copy_(out[1])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -22,7 +22,7 @@ from .flux.architecture import FluxArchitecture
 from .flux.rope import rope_cos_sin
 from .flux.weights import check_complete, weight_shapes
 from .fp8_recipe import Fp8Recipe
-from .fp8_weights import Fp8Weights, base_place
+from .fp8_weights import Fp8Weights, Placed, base_place
 from .host import Progress, Silent
 from .plan import Measurement
 from .weights import BoundWeights, RefitReport, WeightPatches
@@ -77,21 +77,33 @@ class MutableTRTModule:
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
-    def load(
-        self, weights: Mapping[str, Tensor], scale_first: bool = False, fp8: Fp8Recipe | None = None,
-        device: torch.device | None = None,
-    ) -> None:  # fmt: skip
+    def load(self, weights: Mapping[str, Tensor], scale_first: bool = False) -> None:
         """Binds weights by BFL name: all on one device, all of one floating dtype, contiguous.
 
         `scale_first`: the final layer's modulation is in diffusers' order (scale, shift). Compiled segments stay, as
-        they hold no weights. With `fp8` the recipe's layers are bound in FP8 on `device`, and the weights given are
-        kept as their bases. Raises `UnsupportedModel` where a weight is missing, extra or of another shape.
+        they hold no weights. Raises `UnsupportedModel` where a weight is missing, extra or of another shape.
         """
         self._refuse_closed()
-        check_complete(self.arch, {name: tuple(tensor.shape) for name, tensor in weights.items()})
-        _check_uniform(weights)
-        given_on = next(iter(weights.values())).device
-        self._bind(weights.items(), fp8, device or given_on, given_on)
+        self._check(weights)
+        _check_one_device(weights.values())
+        self._bind(BoundWeights({n: t.detach() for n, t in weights.items()}, self.config.base_weights, self._slabs))
+        self._scale_first = scale_first
+
+    def load_fp8(
+        self, weights: MutableMapping[str, Tensor], recipe: Fp8Recipe, device: torch.device, placed: Placed,
+        scale_first: bool = False,
+    ) -> None:  # fmt: skip
+        """Binds weights on `device`, the recipe's layers in FP8; otherwise as `load`.
+
+        What is given may lie anywhere. It is taken out of `weights` one by one and becomes the base, on the GPU or in
+        pinned host memory as `base_weights` says; `placed` is told where each one is, so that no other copy is kept.
+        """
+        self._refuse_closed()
+        self._check(weights)
+        given_there = next(iter(weights.values())).device == device
+        place = base_place(self.config.base_weights, self.arch, recipe, device, given_there)
+        items = ((name, weights.pop(name).detach()) for name in list(weights))
+        self._bind(Fp8Weights(items, recipe, place, self._slabs, device, placed), recipe)
         self._scale_first = scale_first
 
     def load_blocks(
@@ -99,36 +111,35 @@ class MutableTRTModule:
     ) -> None:
         """Binds the blocks' weights alone, for a host that computes what surrounds them itself (`runner`).
 
-        Otherwise as `load`; the module itself cannot be called then. `weights` may be made one by one: with `fp8`, only
-        one at a time is held in its full size where the bases are kept in host memory.
+        Otherwise as `load` and `load_fp8`; the module itself cannot be called then. `weights` may be made one by one:
+        with `fp8`, only one is held in its full size where the bases are kept in host memory.
         """
         self._refuse_closed()
-        around = {name: shape for name, shape in weight_shapes(self.arch).items() if not name.startswith(_BLOCKS)}
         if fp8 is None:
             given = dict(weights)
-            check_complete(self.arch, around | {name: tuple(tensor.shape) for name, tensor in given.items()})
-            _check_uniform(given)
-            weights = given.items()
-        self._bind(weights, fp8, device, torch.device("cpu"))
-        if fp8 is not None:
-            check_complete(self.arch, around | self.weights.base_shapes())
+            self._check(given, blocks_alone=True)
+            _check_one_device(given.values())
+            self._bind(BoundWeights(given, self.config.base_weights, self._slabs))
+            return
+        place = base_place(self.config.base_weights, self.arch, fp8, device, given_there=False)
+        bound = Fp8Weights(weights, fp8, place, self._slabs, device)
+        self._check({name: bound.base(name) for name in bound.base_names}, blocks_alone=True)
+        self._bind(bound, fp8)
 
-    def _bind(
-        self, weights: Iterable[tuple[str, Tensor]], fp8: Fp8Recipe | None, device: torch.device, given_on: torch.device
-    ) -> None:
-        named = ((name, tensor.detach()) for name, tensor in weights)
-        mode = self.config.base_weights
-        if fp8 is None:
-            self._weights = BoundWeights(dict(named), mode, self._slabs)
-        else:
-            place = base_place(mode, self.arch, fp8, device, given_on == device)
-            self._weights = Fp8Weights(named, fp8, place, self._slabs, device)
-        kind = (self._weights.device, self._weights.dtype)
+    def _check(self, weights: Mapping[str, Tensor], blocks_alone: bool = False) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        if blocks_alone:
+            shapes |= {name: shape for name, shape in weight_shapes(self.arch).items() if not name.startswith(_BLOCKS)}
+        check_complete(self.arch, shapes)
+        _check_uniform(weights)
+
+    def _bind(self, weights: BoundWeights, fp8: Fp8Recipe | None = None) -> None:
+        kind = (weights.device, weights.dtype)
         if kind != self._compiled_kind:
             self._compilation.close()
-        self._compiled_kind = kind
+        self._weights, self._compiled_kind = weights, kind
         self._precisions = BlockPrecisions.of(self.arch, fp8)
-        self._double_weights, self._single_weights = self._precisions.weights(self._weights.tensors)
+        self._double_weights, self._single_weights = self._precisions.weights(weights.tensors)
         self.state = ModuleState.LOADED if self._compilation.empty else ModuleState.READY
 
     @property
@@ -280,14 +291,17 @@ def _at(residuals: Sequence[Tensor | None], index: int) -> Tensor | None:
     return residuals[index] if index < len(residuals) else None
 
 
-def _check_uniform(weights: Mapping[str, Tensor]) -> None:
-    devices = {str(t.device) for t in weights.values()}
-    dtypes = {t.dtype for t in weights.values()}
+def _check_one_device(weights: Iterable[Tensor]) -> None:
+    devices = {str(t.device) for t in weights}
     if len(devices) > 1:
         raise UnsupportedModel(
             f"The weights lie on several devices: {', '.join(sorted(devices))}.",
             fix='Move the whole transformer to one: pipe.transformer.to("cuda").',
         )
+
+
+def _check_uniform(weights: Mapping[str, Tensor]) -> None:
+    dtypes = {t.dtype for t in weights.values()}
     if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
         raise UnsupportedModel(
             f"The weights have the dtypes {', '.join(sorted(str(d) for d in dtypes))}.",

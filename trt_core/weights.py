@@ -83,10 +83,6 @@ class BoundWeights:
         """The weight as it is now in the compute dtype, for code that is not compiled; None for an unknown name."""
         return self.tensors.get(name)
 
-    def base_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the weights as they were given, by BFL name."""
-        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
     def needs(self, new: Mapping[str, WeightPatches]) -> bool:
         """Whether a refit to `new` would write anything."""
         return len(new) != len(self._applied) or any(

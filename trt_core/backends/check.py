@@ -23,8 +23,8 @@ def error_ratio(compiled: CompiledSegment, request: Request) -> float:
     """Error of the compiled segment against fp32, in multiples of eager PyTorch's error in the same dtype.
 
     An FP8 segment's reference multiplies the same FP8 weights with inputs that are not quantized, so its ratio compares
-    with the error of the quantization itself. Inputs are random at the scale of a trained model. Ratios, because absolute errors depend on weights and depth
-    (a bf16 product of 3072 terms is off by 0.3 % by itself).
+    with the error of the quantization itself. Inputs are random at the scale of a trained model. Ratios, because
+    absolute errors depend on weights and depth (a bf16 product of 3072 terms is off by 0.3 % by itself).
     """
     profile, segment = request.profile, request.segment
     img = min(max(_CHECK_IMG_TOKENS, profile.img_tokens.min), profile.img_tokens.max)

@@ -1,7 +1,7 @@
 """A block's linear layers in the precision of their weights, together with what is computed just before them.
 
 An FP8 product needs its input in FP8. Quantizing it by itself would read and write the activation once more, so the
-layer norm, the GELU and the join before a product are part of the functions here and are fused with it (`fp8`, `fused`).
+layer norm, the GELU and the join before a product are part of these functions and are fused with it (`fp8`, `fused`).
 """
 
 from __future__ import annotations
@@ -47,42 +47,32 @@ def linear(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
         return F.linear(x, weight, bias)
     if not _quantizes:
         return _exact(x, weight, bias)
-    if weight.input_scale is None:
-        return _product(*fp8.quantize_rows(x), weight, bias, x.dtype)
-    return _product(fp8.quantize_tensor(x, weight.input_scale), weight.input_scale, weight, bias, x.dtype)
+    return _product(fp8.quantize(x, weight.input_scale), weight, bias, x.dtype)
 
 
 def norm_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """`linear` of the modulated layer norm of x [B, L, hidden]; shift, scale [B, hidden]."""
     if isinstance(weight, Tensor) or not _quantizes:
         return linear(modulated_norm(x, shift, scale), weight, bias)
-    if weight.input_scale is None:
-        return _product(*fp8.modulated_norm_rows(x, shift, scale), weight, bias, x.dtype)
-    q = fp8.modulated_norm_tensor(x, shift, scale, weight.input_scale)
-    return _product(q, weight.input_scale, weight, bias, x.dtype)
+    return _product(fp8.quantize_norm(x, shift, scale, weight.input_scale), weight, bias, x.dtype)
 
 
 def gelu_linear(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """`linear` of gelu(x)."""
     if isinstance(weight, Tensor) or not _quantizes:
         return linear(F.gelu(x, approximate="tanh"), weight, bias)
-    if weight.input_scale is None:
-        return _product(*fp8.gelu_rows(x), weight, bias, x.dtype)
-    return _product(fp8.gelu_tensor(x, weight.input_scale), weight.input_scale, weight, bias, x.dtype)
+    return _product(fp8.quantize_gelu(x, weight.input_scale), weight, bias, x.dtype)
 
 
 def join_gelu_linear(attn: Tensor, mlp: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """`linear` of attn and gelu(mlp) joined along the last axis."""
     if isinstance(weight, Tensor) or not _quantizes:
         return linear(join_gelu(attn, mlp), weight, bias)
-    if weight.input_scale is None:
-        return _product(*fp8.join_gelu_rows(attn, mlp), weight, bias, attn.dtype)
-    q = fp8.join_gelu_tensor(attn, mlp, weight.input_scale)
-    return _product(q, weight.input_scale, weight, bias, attn.dtype)
+    return _product(fp8.quantize_join_gelu(attn, mlp, weight.input_scale), weight, bias, attn.dtype)
 
 
-def _product(q: Tensor, scale: Tensor, weight: Fp8Weight, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    return fp8.scaled_linear(q, scale, weight.weight, weight.scale, bias, dtype)
+def _product(quantized: tuple[Tensor, Tensor], weight: Fp8Weight, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    return fp8.scaled_linear(*quantized, weight.weight, weight.scale, bias, dtype)
 
 
 def _exact(x: Tensor, weight: Fp8Weight, bias: Tensor) -> Tensor:

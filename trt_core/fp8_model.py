@@ -1,0 +1,103 @@
+"""A diffusers transformer whose blocks run in FP8: its own parameters are the bases, on the GPU or in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import BaseWeights
+from .diffusers_binding import DiffusersBinding, Slot, find_slots
+from .errors import UnsupportedGPU
+from .extras import DoubleOverride, SingleOverride
+from .flux.architecture import FluxArchitecture
+from .fp8_recipe import Fp8Recipe
+from .fp8_weights import base_place
+from .gpu import current_gpu, why_not_fp8
+
+
+def require_fp8(device: torch.device) -> None:
+    """Raises `UnsupportedGPU` where this GPU has no FP8 products. The CPU computes them in fp32, for tests."""
+    if device.type == "cuda" and (reason := why_not_fp8(current_gpu())):
+        raise UnsupportedGPU(
+            f"FP8 cannot run here: {reason}.", fix="Run in bf16: call dequantize_(model), or leave out FP8.",
+        )  # fmt: skip
+
+
+def compute_device(model: Any) -> torch.device:
+    """Where the model computes: what lies around the blocks is always there."""
+    return model.x_embedder.weight.device
+
+
+def is_fp8(recipe: Fp8Recipe, name: str) -> bool:
+    """Whether the BFL weight `name` is the matrix of an FP8 layer."""
+    layer, _, kind = name.rpartition(".")
+    return kind == "weight" and layer in recipe.linears
+
+
+def show_base(binding: DiffusersBinding) -> Callable[[str, Tensor], None]:
+    """A function that lets the parameters of one weight show its base, wherever that has been put."""
+    slots: dict[str, list[Slot]] = {}
+    for slot in binding.slots:
+        slots.setdefault(slot.name, []).append(slot)
+
+    def placed(name: str, base: Tensor) -> None:
+        for slot in slots[name]:
+            parameter = slot.parameter()
+            if parameter is not None:
+                parameter.data = slot.of(base)
+
+    return placed
+
+
+def moving(
+    model: Any, arch: FluxArchitecture, recipe: Fp8Recipe, mode: BaseWeights, move: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """`move` (what `.to(...)` does to one tensor) that leaves the bases of FP8 layers in host memory where they belong
+    there: the GPU then never holds the model in full size."""
+    moved = move(torch.empty(0, dtype=model.dtype))
+    if moved.device.type != "cuda" or base_place(mode, arch, recipe, moved.device, False) is BaseWeights.GPU:
+        return move
+    kept = {id(slot.parameter()) for slot in find_slots(model, arch) if is_fp8(recipe, slot.name)}
+    return lambda tensor: tensor.to(moved.dtype) if id(tensor) in kept else move(tensor)
+
+
+def overrides_on(
+    device: torch.device, slots: Sequence[Slot],
+    doubles: Mapping[int, DoubleOverride], singles: Mapping[int, SingleOverride],
+) -> tuple[dict[int, DoubleOverride], dict[int, SingleOverride]]:  # fmt: skip
+    """Overrides that run diffusers' own blocks, with the blocks' bases on `device` while each runs."""
+    by_block: dict[str, list[Slot]] = {}
+    for slot in slots:
+        by_block.setdefault(".".join(slot.name.split(".")[:2]), []).append(slot)
+
+    def double(index: int, run: DoubleOverride) -> DoubleOverride:
+        def lent(*args: Any) -> tuple[Tensor, Tensor]:
+            with _lent(by_block[f"double_blocks.{index}"], device):
+                return run(*args)
+
+        return lent
+
+    def single(index: int, run: SingleOverride) -> SingleOverride:
+        def lent(*args: Any) -> Tensor:
+            with _lent(by_block[f"single_blocks.{index}"], device):
+                return run(*args)
+
+        return lent
+
+    return {i: double(i, run) for i, run in doubles.items()}, {i: single(i, run) for i, run in singles.items()}
+
+
+@contextmanager
+def _lent(slots: list[Slot], device: torch.device) -> Iterator[None]:
+    before = [(p, p.data) for slot in slots if (p := slot.parameter()) is not None]
+    try:
+        for parameter, data in before:
+            parameter.data = data.to(device, non_blocking=True)
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
