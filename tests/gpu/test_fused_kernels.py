@@ -1,4 +1,4 @@
-"""The Triton kernel for q/k norm and RoPE against plain PyTorch in fp32."""
+"""The Triton kernels that round to the model's dtype against plain PyTorch in fp32."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from trt_core.backends.check import relative_l2
 from trt_core.flux import fused
 
 pytest.importorskip("triton")
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+DEVICE = "cuda"
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
 def wide_heads(tokens: int, heads: int, dim: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     """Heads as a view of a wider product, as linear1's output holds them: strided over tokens."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    product = torch.randn(2, tokens, 3 * heads * dim + 16, generator=generator, device="cuda").to(dtype)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    product = torch.randn(2, tokens, 3 * heads * dim + 16, generator=generator, device=DEVICE).to(dtype)
     return product[..., heads * dim : 2 * heads * dim].unflatten(-1, (heads, dim))
 
 
@@ -26,19 +27,58 @@ def test_joint_norm_rope(dtype: torch.dtype, heads: int, dim: int, txt_tokens: i
     from trt_core.flux import triton_kernels
 
     txt, img = wide_heads(txt_tokens, heads, dim, dtype, 1), wide_heads(img_tokens, heads, dim, dtype, 2)
-    txt_scale, img_scale = (torch.randn(dim, device="cuda").to(dtype) for _ in range(2))
-    pe = [torch.randn(n, dim // 2, device="cuda") for n in (txt_tokens, txt_tokens, img_tokens, img_tokens)]
+    txt_scale, img_scale = (torch.randn(dim, device=DEVICE).to(dtype) for _ in range(2))
+    pe = [torch.randn(n, dim // 2, device=DEVICE) for n in (txt_tokens, txt_tokens, img_tokens, img_tokens)]
     seen = triton_kernels.norm_rope(img, txt, img_scale, txt_scale, pe[2], pe[3], pe[0], pe[1], txt_tokens, fused.EPS)
     expected = fused.joint_norm_rope(txt.float(), img.float(), txt_scale.float(), img_scale.float(), *pe)
     assert seen.is_contiguous()
     assert relative_l2(seen, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [48, 256, 3072, 15360])
+def test_modulated_norm(dtype: torch.dtype, width: int) -> None:
+    """Batch 2, x a slice of longer rows of tokens, shift and scale views of one modulation."""
+    from trt_core.flux import triton_rows
+
+    x = torch.randn(2, 40, width, device=DEVICE).to(dtype)[:, 7:] * 3 + 1
+    mod = torch.randn(6, 2, width, device=DEVICE).to(dtype)
+    seen = triton_rows.modulated_norm(x, mod[3], mod[4], fused.EPS)
+    assert (seen.dtype, seen.is_contiguous()) == (dtype, True)
+    assert relative_l2(seen, fused.modulated_norm(x.float(), mod[3].float(), mod[4].float())) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("hidden", "mlp_hidden"), [(48, 160), (64, 256), (3072, 12288)])
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_join_gelu(dtype: torch.dtype, hidden: int, mlp_hidden: int, tokens: int) -> None:
+    """attn a slice over tokens, mlp the end of linear1's rows; attn's part is copied bit for bit."""
+    from trt_core.flux import triton_rows
+
+    attn = torch.randn(2, tokens + 5, hidden, device=DEVICE).to(dtype)[:, 5:]
+    mlp = (torch.randn(2, tokens, 3 * hidden + mlp_hidden, device=DEVICE) * 3).to(dtype)[..., 3 * hidden :]
+    seen = triton_rows.join_gelu(attn, mlp)
+    assert (seen.dtype, seen.is_contiguous()) == (dtype, True)
+    assert torch.equal(seen[..., :hidden], attn)
+    assert relative_l2(seen, fused.join_gelu(attn.float(), mlp.float())) < TOLERANCE[dtype]
+
+
+def test_join_gelu_at_the_ends_of_the_range() -> None:
+    """Large numbers pass or vanish, nothing turns into NaN but NaN."""
+    from trt_core.flux import triton_rows
+
+    mlp = torch.tensor([[[3e38, -3e38, 60.0, -60.0, -0.0, float("nan"), float("inf"), 1e-30]]], device=DEVICE)
+    seen = triton_rows.join_gelu(mlp[..., :2], mlp)[0, 0, 2:].tolist()
+    assert seen[:5] == [torch.tensor(3e38).item(), 0.0, 60.0, 0.0, 0.0]
+    assert seen[5] != seen[5]
+    assert seen[6:] == [float("inf"), pytest.approx(5e-31)]
+
+
 def test_compiled_code_uses_the_kernel() -> None:
     """Inside `torch.compile` on a GPU the kernel runs, outside it does not."""
     fused.load_kernels()
     x = wide_heads(64, 2, 128, torch.bfloat16, 3)
-    scale, cos, sin = torch.randn(128, device="cuda").bfloat16(), *torch.randn(2, 64, 64, device="cuda")
+    scale, cos, sin = torch.randn(128, device=DEVICE).bfloat16(), *torch.randn(2, 64, 64, device=DEVICE)
     names = []
     for function in (fused.norm_rope, torch.compile(fused.norm_rope, fullgraph=True)):
         function(x, scale, cos, sin)
@@ -48,3 +88,29 @@ def test_compiled_code_uses_the_kernel() -> None:
         names.append(" ".join(event.key for event in profile.key_averages()))
     assert "norm_rope_kernel" not in names[0]
     assert "norm_rope_kernel" in names[1]
+
+
+@pytest.mark.parametrize("name", ["_modulated_norm_kernel", "_join_gelu_kernel"])
+def test_compiled_rows_use_the_kernels(name: str) -> None:
+    """One compilation for every number of tokens, with strided inputs that Inductor computes itself."""
+    fused.load_kernels()
+    mod = torch.randn(2, 2, 256, device=DEVICE).bfloat16()
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return fused.modulated_norm(x * 2, mod[0].to(x), mod[1].to(x))
+
+    def join(x: torch.Tensor) -> torch.Tensor:
+        wide = torch.cat((x, x, x), -1) * 2
+        return fused.join_gelu(x + 1, wide[..., 256:])
+
+    function = norm if name == "_modulated_norm_kernel" else join
+    compiled = torch.compile(function, fullgraph=True)
+    for tokens in (33, 64, 129):
+        x = torch.randn(2, tokens, 256, device=DEVICE).bfloat16()
+        torch._dynamo.mark_dynamic(x, 1)
+        with torch.compiler.set_stance("default" if tokens == 33 else "fail_on_recompile"):
+            assert relative_l2(compiled(x), function(x.float())) < 0.01
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        compiled(x)
+        torch.cuda.synchronize()
+    assert name in " ".join(event.key for event in profile.key_averages())

@@ -25,12 +25,12 @@ AMAX_FLOOR = 1e-12
 
 def row_scale(x: Tensor) -> Tensor:
     """fp32 [..., 1]: max(|x|) over the last axis, / 448. NaN for a row that holds NaN, inf for one that holds inf."""
-    return x.abs().amax(-1, keepdim=True).float().clamp(min=AMAX_FLOOR) / FP8_MAX
+    return _scale(x.abs().amax(-1, keepdim=True))
 
 
 def tensor_scale(x: Tensor) -> Tensor:
     """fp32 [1]: max(|x|) over all of `x`, / 448."""
-    return x.abs().amax().float().clamp(min=AMAX_FLOOR).reshape(1) / FP8_MAX
+    return _scale(x.abs().amax().reshape(1))
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,6 +128,12 @@ def weight_only_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
         return kernels.weight_only_linear(x, weight, weight_scale, bias)
     wide_bias = None if bias is None else bias.float()
     return F.linear(x.float(), dequantize(weight, weight_scale, torch.float32), wide_bias).to(x.dtype)
+
+
+def _scale(amax: Tensor) -> Tensor:
+    amax = amax.float().clamp(min=AMAX_FLOOR)
+    # A GPU divides by a Python number as a product with its reciprocal, which is not the same bits.
+    return amax / torch.full_like(amax, FP8_MAX)
 
 
 def _merged(base: Tensor, delta: Tensor | None, factor: float) -> Tensor:

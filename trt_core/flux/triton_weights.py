@@ -46,15 +46,18 @@ def _weight_only_kernel(
     present = row < rows
     item = tl.arange(0, BATCH_BLOCK)
     total = tl.zeros((ROWS_BLOCK, BATCH_BLOCK), dtype=tl.float32)
-    weight_rows = weight_ptr + row.to(tl.int64)[:, None] * weight_stride
+    column = tl.arange(0, WIDTH_BLOCK)
+    places = weight_ptr + row.to(tl.int64)[:, None] * weight_stride + column[None, :]
+    following = tl.load(places, mask=present[:, None] & (column < WIDTH)[None, :], other=0.0)
     for start in tl.static_range(0, WIDTH, WIDTH_BLOCK):
-        column = start + tl.arange(0, WIDTH_BLOCK)
-        inside = column < WIDTH
-        weight = tl.load(weight_rows + column[None, :], mask=present[:, None] & inside[None, :], other=0.0)
-        weight = weight.to(tl.float32)
+        weight, inside = following, start + column < WIDTH
+        if start + WIDTH_BLOCK < WIDTH:
+            # Asked for before this block is summed, so that memory has work meanwhile.
+            mask = present[:, None] & (start + WIDTH_BLOCK + column < WIDTH)[None, :]
+            following = tl.load(places + (start + WIDTH_BLOCK), mask=mask, other=0.0)
         for index in tl.static_range(BATCH):
-            x = tl.load(x_ptr + index * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-            part = tl.sum(weight * x[None, :], axis=1)
+            x = tl.load(x_ptr + index * x_stride + start + column, mask=inside, other=0.0).to(tl.float32)
+            part = tl.sum(weight.to(tl.float32) * x[None, :], axis=1)
             total += tl.where(item[None, :] == index, part[:, None], 0.0)
     total = total * tl.load(scale_ptr + row * scale_stride, mask=present, other=0.0)[:, None]
     if HAS_BIAS:
