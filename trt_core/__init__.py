@@ -16,6 +16,18 @@ _HOME = {
     "load_lora": "lora",
     "file_patches": "weights",
     "EngineCache": "engine_cache",
+    "quantize_fp8_": "quantize",
+    "dequantize_": "quantize",
+    "calibrate_with_modelopt": "quantize",
+    "flux_architecture": "quantize",
+    "Fp8Config": "fp8_recipe",
+    "Granularity": "fp8_recipe",
+    "Activations": "fp8_recipe",
+    "PromptCalibration": "calibration",
+    "record_calls": "calibration",
+    "modelopt_config": "modelopt_input",
+    "save_recipe": "recipe_file",
+    "load_recipe": "recipe_file",
 }
 
 __all__ = sorted(_HOME)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -24,6 +26,7 @@ E4M3_MAX = 448.0
 """The largest number of E4M3 (`torch.float8_e4m3fn`)."""
 MAX_HEADROOM = 64.0
 """Beyond this, an ordinary activation (a thousandth of amax) would lie below E4M3's normal numbers."""
+_ATTRIBUTE = "_trt_fp8"
 _BLOCKS = ("double_blocks.", "single_blocks.")
 _MODULATIONS = ("_mod.lin", ".modulation.lin")
 
@@ -124,7 +127,7 @@ def plan_recipe(arch: FluxArchitecture, config: Fp8Config, input_amax: Mapping[s
             "The exclude patterns leave no layer for FP8.", fix="Use fewer patterns, or no FP8.", widget="exclude"
         )
     if excluded:
-        _LOG.info("TRT FP8: %d of %d block layers stay in bf16", len(excluded), len(excluded) + len(linears))
+        _LOG.info("TRT FP8: stays in bf16: %s", kinds_of(sorted(excluded)))
     recipe = Fp8Recipe(config, linears)
     if config.activations is Activations.DYNAMIC:
         _refuse_amax(input_amax)
@@ -185,6 +188,52 @@ def check_amax(arch: FluxArchitecture, input_amax: Mapping[str, float]) -> None:
                 expected="A scale needs a finite number above zero.",
                 fix="Calibrate with real inputs: prompts, or calls recorded from a run that gave good pictures.",
             )
+
+
+def check_recipe(recipe: Fp8Recipe, arch: FluxArchitecture) -> None:
+    """Raises `InvalidOption` for a recipe that was not made for a model of these numbers, or is incomplete."""
+    foreign = sorted(recipe.linears - set(block_linears(arch)))
+    if foreign or not recipe.linears:
+        raise InvalidOption(
+            f"The FP8 recipe is of another model: it names {foreign[0]}." if foreign else "The FP8 recipe is empty.",
+            expected=f"This model has {arch.double_depth} double and {arch.single_depth} single blocks.",
+            fix="Calibrate this model, or load the recipe that was made with it.",
+        )
+    check_amax(arch, recipe.input_amax)
+    if recipe.config.activations is Activations.DYNAMIC:
+        _refuse_amax(recipe.input_amax)
+    else:
+        _require_complete(recipe.activation_linears, recipe.input_amax)
+
+
+def left_in_bf16(arch: FluxArchitecture, recipe: Fp8Recipe) -> tuple[str, ...]:
+    """The block linears that the recipe does not take, in order of execution."""
+    return tuple(name for name in block_linears(arch) if name not in recipe.linears)
+
+
+def kinds_of(names: Iterable[str]) -> str:
+    """Names for people: "single_blocks.*.linear2 (38)", each kind of layer with how many of it there are."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in names)
+    return ", ".join(f"{kind} ({count})" for kind, count in counts.items())
+
+
+def attach_recipe(transformer: object, recipe: Fp8Recipe) -> None:
+    """Leaves the recipe on a diffusers transformer for `compile_transformer`; it is in no state_dict and no config."""
+    object.__setattr__(transformer, _ATTRIBUTE, recipe)
+    _LOG.info(
+        "TRT FP8: %d layers, scales per %s, %s activations",
+        len(recipe.linears), recipe.config.granularity.value, recipe.config.activations.value,
+    )  # fmt: skip
+
+
+def attached_recipe(transformer: object) -> Fp8Recipe | None:
+    """The recipe that `quantize_fp8_` left on a transformer, or None."""
+    return vars(transformer).get(_ATTRIBUTE)
+
+
+def detach_recipe(transformer: object) -> Fp8Recipe | None:
+    """Removes the recipe from a transformer and returns it; None where there is none."""
+    return vars(transformer).pop(_ATTRIBUTE, None)
 
 
 def _require_member(enum: type[Enum], value: object, option: str) -> None:
