@@ -15,6 +15,7 @@ import torch
 from trt_core.measure import median_milliseconds
 
 from . import model as models
+from .fake_quant import fake_quantized
 from .memory import MemoryPeaks
 from .scenarios import Scenario
 
@@ -56,6 +57,8 @@ def _prepare(scenario: Scenario, model: Any, folder: Path) -> tuple[Callable[[di
     elif scenario.scenario in ("ours", "mttm"):
         import trt_core
 
+        if scenario.precision == "fp8":
+            trt_core.quantize_fp8_(model)
         transformer = trt_core.compile_transformer(
             model,
             backend=scenario.backend or "mttm",
@@ -85,7 +88,8 @@ def _plans(transformer: Any) -> dict[str, Any]:
 
 
 def _error_ratio(run: Callable, model: Any, folder: Path, batch: int, scenario: Scenario) -> float | None:
-    """The larger of plain and adversarial weights: error against fp32, in multiples of eager bf16's."""
+    """The larger of plain and adversarial weights: error against fp32, in multiples of eager bf16's, or for FP8 of a
+    simulation's that rounds and does nothing else."""
     if batch != 1:
         return None
     ratios = []
@@ -96,11 +100,19 @@ def _error_ratio(run: Callable, model: Any, folder: Path, batch: int, scenario: 
         saved = torch.load(reference, weights_only=True)
         if scenario.scenario == "mttm" and kind == "adversarial":
             continue  # its weights are baked in: new ones would cost a refit of minutes
-        models.fill(model, adversarial=kind == "adversarial")
+        refill(model, adversarial=kind == "adversarial")
         seen = run(models.inputs(model, 1, scenario.height_px, scenario.width_px, scenario.text_tokens))
-        ratios.append(relative(seen, saved["fp32"].to(seen.device)) / saved["eager_error"])
-    models.fill(model, adversarial=False)
+        yardstick = saved["simulated_error" if scenario.precision == "fp8" else "eager_error"]
+        ratios.append(relative(seen, saved["fp32"].to(seen.device)) / yardstick)
+    refill(model, adversarial=False)
     return max(ratios)
+
+
+def refill(model: Any, adversarial: bool) -> None:
+    """New weights. An FP8 model reads them when it is bound again, which any change of its place brings about."""
+    if hasattr(model, "trt_report"):
+        model.to(model.dtype)
+    models.fill(model, adversarial)
 
 
 def relative(seen: torch.Tensor, reference: torch.Tensor) -> float:
@@ -108,18 +120,22 @@ def relative(seen: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def write_references(folder: Path) -> None:
-    """fp32 outputs of the same bf16 weights, and eager bf16's error against them, for both kinds of weights."""
+    """fp32 outputs of the same bf16 weights, and the errors of eager bf16 and of simulated FP8 against them, for both
+    kinds of weights."""
     torch.backends.cuda.matmul.allow_tf32 = False
     model = models.full_size_transformer(torch.device("cuda", 0))
     for kind in ("plain", "adversarial"):
         models.fill(model.bfloat16(), adversarial=kind == "adversarial")
         with torch.no_grad():
-            eager = model(**models.inputs(model, 1, 1024, 1024, 512), return_dict=False)[0]
+            arguments = models.inputs(model, 1, 1024, 1024, 512)
+            eager = model(**arguments, return_dict=False)[0]
+            with fake_quantized(model):
+                simulated = model(**arguments, return_dict=False)[0]
             model.float()
             fp32 = model(**models.inputs(model, 1, 1024, 1024, 512), return_dict=False)[0]
-        error = relative(eager, fp32)
-        torch.save({"fp32": fp32.cpu(), "eager_error": error}, folder / f"reference_{kind}.pt")
-        sys.stderr.write(f"eager bf16 against fp32, {kind} weights: {error:.5f}\n")
+        errors = {"eager_error": relative(eager, fp32), "simulated_error": relative(simulated, fp32)}
+        torch.save({"fp32": fp32.cpu(), **errors}, folder / f"reference_{kind}.pt")
+        sys.stderr.write(f"against fp32, {kind} weights: {errors}\n")
 
 
 def _lora_switch(scenario: Scenario, model: Any, run: Callable[[], Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ _NAMES = {"eager": "diffusers, eager", "compile_repeated_blocks": "diffusers, `c
           "mttm": "Torch-TensorRT's mutable module"}  # fmt: skip
 _COLUMNS = (
     "what runs", "batch", "ms per step", "to eager", "first call, s", "warm first call, s", "LoRA switch, ms",
-    "GPU peak, GB", "host above weights, GB", "plans, MB", "error to eager's",
+    "GPU peak, GB", "host above weights, GB", "plans, MB", "error to eager's (FP8: to a simulation's)",
 )  # fmt: skip
 
 
@@ -34,7 +34,8 @@ def _row(line: dict[str, Any]) -> tuple[str, ...]:
     name = _NAMES.get(line["scenario"], "")
     if not name:
         base = f", base weights on the {line['base_weights']}" if line.get("base_weights") else ""
-        name = f'this library, `backend="{line["backend"]}"`{base}'
+        fp8 = ", FP8" if line.get("precision") == "fp8" else ""
+        name = f'this library{fp8}, `backend="{line["backend"]}"`{base}'
     return (
         name,
         str(line["batch"]),

@@ -28,7 +28,8 @@ class Scenario:
 
     @property
     def name(self) -> str:
-        parts = [self.scenario, self.backend, f"base_{self.base_weights}" if self.base_weights else None]
+        precision = None if self.precision == "bf16" else self.precision
+        parts = [self.scenario, precision, self.backend, f"base_{self.base_weights}" if self.base_weights else None]
         return "-".join(part for part in parts if part)
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,6 +49,8 @@ SCENARIOS = (
     Scenario("ours", "tensorrt", "gpu", batches=(1, 2), lora=True, warm=True),
     Scenario("ours", "inductor", "gpu", batches=(1, 2), lora=True, warm=True),
     Scenario("ours", "eager", "gpu", lora=True),
+    Scenario("ours", "auto", "gpu", batches=(1, 2), lora=True, warm=True, precision="fp8"),
+    Scenario("ours", "auto", "host", lora=True, precision="fp8"),
     Scenario("mttm"),
 )
 

@@ -1,0 +1,50 @@
+"""FP8 simulated in plain PyTorch, without any code of the library: what rounding alone costs, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .model import LORA_TARGETS
+
+_E4M3_MAX = 448.0
+_TINY = 1e-12
+
+
+def rounded(x: Tensor) -> Tensor:
+    """`x` on the E4M3 grid with a scale per row of the last axis, in fp32."""
+    wide = x.float()
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=_TINY) / _E4M3_MAX
+    return (wide / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
+
+
+@contextmanager
+def fake_quantized(model: nn.Module) -> Iterator[None]:
+    """While inside, every linear layer of a block multiplies rounded weights with rounded inputs, in the model's dtype.
+
+    Modulations (`norm...linear`) round their weights alone. Weights are rounded at each call and not changed.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if _is_block_linear(name, module)]
+    try:
+        for name, module in layers:
+            module.forward = _forward(module, inputs_too=not name.endswith(".linear"))
+        yield
+    finally:
+        for _, module in layers:
+            del module.forward
+
+
+def _is_block_linear(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and "transformer_blocks." in name and name.endswith(LORA_TARGETS)
+
+
+def _forward(module: nn.Linear, inputs_too: bool) -> object:
+    def forward(x: Tensor) -> Tensor:
+        weight = rounded(module.weight).to(x.dtype)
+        return F.linear(rounded(x).to(x.dtype) if inputs_too else x, weight, module.bias)
+
+    return forward
