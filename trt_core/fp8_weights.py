@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .base_storage import GPU_RESERVE_BYTES, HostSlabs
+from .base_storage import GPU_RESERVE_BYTES
 from .config import BaseWeights
 from .flux import fp8
 from .flux.architecture import FluxArchitecture
 from .flux.precision import FP8, INPUT_SCALE, SCALE
 from .flux.weights import weight_shapes
 from .fp8_recipe import Fp8Recipe, Granularity
+from .host_slabs import HostSlabs, piece_bytes
 from .lora.changes import Additive, Patch, merged
 from .weights import BoundWeights, disjoint
 
 Placed = Callable[[str, Tensor], None]
 """(name, base): where the base of a weight is from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class BasePlace:
+    """Where bases go, `GPU` (the device of the bound weights) or `HOST`, and how many bytes they are together."""
+
+    where: BaseWeights
+    bytes: int
 
 
 class Fp8Weights(BoundWeights):
@@ -30,27 +40,27 @@ class Fp8Weights(BoundWeights):
     """
 
     def __init__(
-        self, weights: Iterable[tuple[str, Tensor]], recipe: Fp8Recipe, place: BaseWeights, slabs: HostSlabs,
-        device: torch.device, placed: Placed | None = None,
+        self, weights: Iterable[tuple[str, Tensor]], recipe: Fp8Recipe, place: BasePlace, device: torch.device,
+        placed: Placed | None = None,
     ) -> None:  # fmt: skip
         """`weights` one by one, on any device, all are bound on `device`; a tensor that is where `place` wants the
         bases, on the GPU or in pinned host memory, stays the base itself. `placed` is told each base at once."""
         self._recipe, self._per_row = recipe, recipe.config.granularity is Granularity.ROW
         self._originals: dict[str, Tensor] = {}
-        self._slabs = slabs
-        slabs.reset()
+        # Their own: bases of an earlier binding may still be in use, as the parameters of a diffusers model.
+        self._slabs, self._to_place_bytes = HostSlabs(), place.bytes
         tensors: dict[str, Tensor] = {}
         for name, tensor in weights:
             if self._is_fp8(name):
                 self._dtype = tensor.dtype
                 tensors |= self._new(name, tensor, device)
-                self._originals[name] = base = self._placed(tensor, place, device)
+                self._originals[name] = base = self._placed(tensor, place.where, device)
                 self._quantize(name, tensor.to(device), tensors)
             else:
                 tensors[name] = base = tensor.to(device)
             if placed is not None:
                 placed(name, base)
-        super().__init__(tensors, place, HostSlabs())
+        super().__init__(tensors, place.where, HostSlabs())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,7 +105,9 @@ class Fp8Weights(BoundWeights):
 
     def _placed(self, tensor: Tensor, place: BaseWeights, device: torch.device) -> Tensor:
         if place is BaseWeights.HOST and not tensor.is_pinned():
-            return self._slabs.take(tensor).copy_(tensor)
+            piece = self._slabs.take(tensor, max(self._to_place_bytes, piece_bytes(tensor)))
+            self._to_place_bytes -= piece_bytes(tensor)
+            return piece.copy_(tensor)
         return tensor.to(device) if place is BaseWeights.GPU else tensor
 
     def _keep(self, names: Sequence[str]) -> None:
@@ -141,17 +153,20 @@ class Fp8Weights(BoundWeights):
 
 def base_place(
     mode: BaseWeights, arch: FluxArchitecture, recipe: Fp8Recipe, device: torch.device, given_there: bool
-) -> BaseWeights:
-    """Where bases of FP8 weights go, `GPU` or `HOST`: as asked for, or on the GPU where both copies fit.
+) -> BasePlace:
+    """Where bases of FP8 weights go: as asked for, or on the GPU where both copies fit.
 
     `given_there`: the full-size weights are on `device` already.
     """
-    if device.type != "cuda" or mode is not BaseWeights.AUTO:
-        return BaseWeights.GPU if device.type != "cuda" else mode
     elements = sum(math.prod(weight_shapes(arch)[f"{name}.weight"]) for name in recipe.linears)
-    needed_bytes = elements * (1 if given_there else 3)
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    return BaseWeights.GPU if free_bytes >= needed_bytes + GPU_RESERVE_BYTES else BaseWeights.HOST
+    where = mode
+    if device.type != "cuda":
+        where = BaseWeights.GPU
+    elif mode is BaseWeights.AUTO:
+        needed_bytes = elements * (1 if given_there else 3)
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        where = BaseWeights.GPU if free_bytes >= needed_bytes + GPU_RESERVE_BYTES else BaseWeights.HOST
+    return BasePlace(where, 2 * elements)
 
 
 def _scale(name: str) -> str:

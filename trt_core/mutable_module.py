@@ -9,7 +9,6 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from .base_storage import HostSlabs
 from .block_precisions import BlockPrecisions
 from .block_runner import BlockRunner
 from .compilation import Blocks, Bound, Compilation, Shapes
@@ -24,6 +23,7 @@ from .flux.weights import check_complete, weight_shapes
 from .fp8_recipe import Fp8Recipe
 from .fp8_weights import Fp8Weights, Placed, base_place
 from .host import Progress, Silent
+from .host_slabs import HostSlabs
 from .plan import Measurement
 from .weights import BoundWeights, RefitReport, WeightPatches
 
@@ -103,7 +103,7 @@ class MutableTRTModule:
         given_there = next(iter(weights.values())).device == device
         place = base_place(self.config.base_weights, self.arch, recipe, device, given_there)
         items = ((name, weights.pop(name).detach()) for name in list(weights))
-        self._bind(Fp8Weights(items, recipe, place, self._slabs, device, placed), recipe)
+        self._bind(Fp8Weights(items, recipe, place, device, placed), recipe)
         self._scale_first = scale_first
 
     def load_blocks(
@@ -122,7 +122,7 @@ class MutableTRTModule:
             self._bind(BoundWeights(given, self.config.base_weights, self._slabs))
             return
         place = base_place(self.config.base_weights, self.arch, fp8, device, given_there=False)
-        bound = Fp8Weights(weights, fp8, place, self._slabs, device)
+        bound = Fp8Weights(weights, fp8, place, device)
         self._check({name: bound.base(name) for name in bound.base_names}, blocks_alone=True)
         self._bind(bound, fp8)
 
