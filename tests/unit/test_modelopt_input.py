@@ -73,6 +73,12 @@ def test_ranges_are_those_of_the_quantizers(arch: FluxArchitecture) -> None:
     assert recipe == plan_recipe(arch, recipe.config, recipe.input_amax)
 
 
+def test_a_fused_layer_takes_the_largest_range_of_its_parts(arch: FluxArchitecture) -> None:
+    model = quantized(modelopt_config())
+    model.single_transformer_blocks[0].attn.to_v.input_quantizer.amax = torch.tensor(999.0)
+    assert modelopt_recipe(model, arch).input_amax["single_blocks.0.linear1"] == 999.0
+
+
 def test_the_default_config_loses_proj_out_and_it_is_said(
     arch: FluxArchitecture, caplog: pytest.LogCaptureFixture
 ) -> None:

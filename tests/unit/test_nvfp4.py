@@ -85,6 +85,12 @@ def test_outliers_cost_only_their_own_block() -> None:
     assert ((round_trip(loud)[0, :16] - loud[0, :16]).norm() / values[0, :16].norm()).item() > 0.5
 
 
+def test_a_quiet_block_beside_a_loud_one_is_not_lost() -> None:
+    quiet = 2.0**-9
+    values = torch.tensor([2688.0] + [0.0] * 15 + [quiet] * 16)
+    assert round_trip(values)[16:].tolist() == [quiet] * 16
+
+
 def test_zeros_stay_zeros() -> None:
     assert torch.equal(round_trip(torch.zeros(2, 32)), torch.zeros(2, 32))
     half = torch.cat((torch.zeros(1, 16), normal(1, 16)), 1)

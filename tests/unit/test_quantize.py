@@ -214,6 +214,17 @@ class TestWithModelOpt:
         assert [type(module) for module in model.modules()] == kinds
         assert not any(module._forward_pre_hooks for module in model.modules())
 
+    def test_its_calibration_copies_no_weight(self, model: FluxTransformer2DModel) -> None:
+        seen: set[int] = set()
+
+        def loop(given: FluxTransformer2DModel) -> None:
+            seen.update(parameter.data_ptr() for parameter in given.parameters())
+            for inputs in samples(model):
+                run_diffusers(given, inputs)
+
+        calibrate_with_modelopt(model, loop, progress=Silent())
+        assert seen == {parameter.data_ptr() for parameter in model.parameters()}
+
     def test_prompts_run_through_the_copy(self, pipe: FluxPipeline) -> None:
         own = pipe.transformer
         prompts = PromptCalibration(("a cat",), steps=2, height_px=64, width_px=64, txt_tokens=16)
