@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import BaseWeights
 from .diffusers_binding import DiffusersBinding, Slot, find_slots
@@ -17,6 +18,8 @@ from .flux.architecture import FluxArchitecture
 from .fp8_recipe import Fp8Recipe
 from .fp8_weights import base_place
 from .gpu import current_gpu, why_not_fp8
+
+_LOG = logging.getLogger("trt_core.fp8")
 
 
 def require_fp8(device: torch.device) -> None:
@@ -30,6 +33,23 @@ def require_fp8(device: torch.device) -> None:
 def compute_device(model: Any) -> torch.device:
     """Where the model computes: what lies around the blocks is always there."""
     return model.x_embedder.weight.device
+
+
+def to_compute_device(model: nn.Module) -> None:
+    """Moves what FP8 keeps in host memory to where the model computes."""
+    device = compute_device(model)
+    nn.Module._apply(model, lambda tensor: tensor.to(device))
+
+
+def gather(model: nn.Module) -> None:
+    """`to_compute_device`; where the GPU is too small for the whole model, a warning that says what to do."""
+    try:
+        to_compute_device(model)
+    except torch.OutOfMemoryError:
+        _LOG.warning(
+            "TRT FP8: some weights stay in host memory, because the model does not fit on the GPU in full size; "
+            "compile it in FP8 again, or use enable_sequential_cpu_offload()"
+        )
 
 
 def is_fp8(recipe: Fp8Recipe, name: str) -> bool:
@@ -51,6 +71,26 @@ def show_base(binding: DiffusersBinding) -> Callable[[str, Tensor], None]:
                 parameter.data = slot.of(base)
 
     return placed
+
+
+class ChangedBases:
+    """Bases of FP8 layers that somebody changed in place: what segments read is a rounded copy of them.
+
+    A change through `.data` or of the memory behind it cannot be seen; one through the parameter itself can.
+    """
+
+    def __init__(self, slots: Sequence[Slot], recipe: Fp8Recipe) -> None:
+        self._slots = [slot for slot in slots if is_fp8(recipe, slot.name)]
+        self._versions = self._now()
+
+    def changed(self) -> list[str]:
+        """BFL names of those that were changed since the last call."""
+        before, self._versions = self._versions, self._now()
+        different = (s.name for s, a, b in zip(self._slots, before, self._versions, strict=True) if a != b)
+        return list(dict.fromkeys(different))
+
+    def _now(self) -> list[int]:
+        return [-1 if (p := slot.parameter()) is None else p._version for slot in self._slots]
 
 
 def moving(
@@ -93,7 +133,9 @@ def overrides_on(
 
 @contextmanager
 def _lent(slots: list[Slot], device: torch.device) -> Iterator[None]:
-    before = [(p, p.data) for slot in slots if (p := slot.parameter()) is not None]
+    """Parameters of these places on `device`; adapters were made where the bases lie, so theirs too."""
+    parameters = {id(p): p for slot in slots for p in slot.module().parameters()}.values()
+    before = [(p, p.data) for p in parameters]
     try:
         for parameter, data in before:
             parameter.data = data.to(device, non_blocking=True)

@@ -87,6 +87,13 @@ class Fp8Weights(BoundWeights):
     def base_host_bytes(self) -> int:
         return super().base_host_bytes + sum(t.nbytes for t in self._originals.values() if not t.is_cuda)
 
+    @torch.no_grad()
+    def quantize_again(self, names: Iterable[str]) -> None:
+        """Follows bases that somebody else changed in place; a refit does so for those that LoRAs touch."""
+        for name in names:
+            if name not in self._applied:
+                self._write(name, ())
+
     def _is_fp8(self, name: str) -> bool:
         layer, _, kind = name.rpartition(".")
         return kind == "weight" and layer in self._recipe.linears
@@ -134,9 +141,7 @@ class Fp8Weights(BoundWeights):
         out = (tensors[name], tensors[_scale(name)])
         fp8.merge_quantize(value, None, 1.0, out, per_row=self._per_row)
 
-    def _quantize_rows(
-        self, name: str, base: Tensor, start: int, stop: int, patch: tuple[Patch, float] | None
-    ) -> None:
+    def _quantize_rows(self, name: str, base: Tensor, start: int, stop: int, patch: tuple[Patch, float] | None) -> None:
         out = (self.tensors[name][start:stop], self.tensors[_scale(name)][start:stop])
         delta, factor = _delta(patch, base[start:stop])
         fp8.merge_quantize(base[start:stop], delta, factor, out)

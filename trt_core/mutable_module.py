@@ -13,7 +13,7 @@ from .block_precisions import BlockPrecisions
 from .block_runner import BlockRunner
 from .compilation import Blocks, Bound, Compilation, Shapes
 from .config import CompileConfig
-from .errors import TRTError, UnsupportedModel
+from .errors import TRTError
 from .execution import BlockWeights, DoubleBlock, Pe, SingleBlock
 from .extras import Extras
 from .flux import stem
@@ -25,6 +25,7 @@ from .fp8_weights import Fp8Weights, Placed, base_place
 from .host import Progress, Silent
 from .host_slabs import HostSlabs
 from .plan import Measurement
+from .weight_checks import check_one_device, check_uniform
 from .weights import BoundWeights, RefitReport, WeightPatches
 
 _BLOCKS = ("double_blocks.", "single_blocks.")
@@ -85,7 +86,7 @@ class MutableTRTModule:
         """
         self._refuse_closed()
         self._check(weights)
-        _check_one_device(weights.values())
+        check_one_device(weights.values())
         self._bind(BoundWeights({n: t.detach() for n, t in weights.items()}, self.config.base_weights, self._slabs))
         self._scale_first = scale_first
 
@@ -100,7 +101,7 @@ class MutableTRTModule:
         """
         self._refuse_closed()
         self._check(weights)
-        given_there = next(iter(weights.values())).device == device
+        given_there = all(weights[f"{name}.weight"].device == device for name in recipe.linears)
         place = base_place(self.config.base_weights, self.arch, recipe, device, given_there)
         items = ((name, weights.pop(name).detach()) for name in list(weights))
         self._bind(Fp8Weights(items, recipe, place, device, placed), recipe)
@@ -118,7 +119,7 @@ class MutableTRTModule:
         if fp8 is None:
             given = dict(weights)
             self._check(given, blocks_alone=True)
-            _check_one_device(given.values())
+            check_one_device(given.values())
             self._bind(BoundWeights(given, self.config.base_weights, self._slabs))
             return
         place = base_place(self.config.base_weights, self.arch, fp8, device, given_there=False)
@@ -131,7 +132,7 @@ class MutableTRTModule:
         if blocks_alone:
             shapes |= {name: shape for name, shape in weight_shapes(self.arch).items() if not name.startswith(_BLOCKS)}
         check_complete(self.arch, shapes)
-        _check_uniform(weights)
+        check_uniform(weights)
 
     def _bind(self, weights: BoundWeights, fp8: Fp8Recipe | None = None) -> None:
         kind = (weights.device, weights.dtype)
@@ -229,7 +230,7 @@ class MutableTRTModule:
     def _single_blocks(
         self, blocks: Sequence[SingleBlock], x: Tensor, vec: Tensor, mods: Mapping[str, Tensor], pe: Pe,
         extras: Extras,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         for index, weights in enumerate(self._single_weights):
             override = extras.single_overrides.get(index)
             if override is not None:
@@ -289,25 +290,3 @@ class MutableTRTModule:
 
 def _at(residuals: Sequence[Tensor | None], index: int) -> Tensor | None:
     return residuals[index] if index < len(residuals) else None
-
-
-def _check_one_device(weights: Iterable[Tensor]) -> None:
-    devices = {str(t.device) for t in weights}
-    if len(devices) > 1:
-        raise UnsupportedModel(
-            f"The weights lie on several devices: {', '.join(sorted(devices))}.",
-            fix='Move the whole transformer to one: pipe.transformer.to("cuda").',
-        )
-
-
-def _check_uniform(weights: Mapping[str, Tensor]) -> None:
-    dtypes = {t.dtype for t in weights.values()}
-    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
-        raise UnsupportedModel(
-            f"The weights have the dtypes {', '.join(sorted(str(d) for d in dtypes))}.",
-            expected="One floating dtype (bfloat16, float16 or float32) for all.",
-            fix="Load the transformer with torch_dtype=torch.bfloat16.",
-        )
-    loose = [name for name, t in weights.items() if not t.is_contiguous()]
-    if loose:
-        raise UnsupportedModel(f"{loose[0]} is not contiguous in memory.", fix="Call .contiguous() on it first.")

@@ -1,0 +1,204 @@
+"""What belongs to one compiled diffusers transformer: weights that follow its own, and blocks that run eagerly."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import CompileConfig
+from .diffusers_binding import DiffusersBinding, Slot
+from .eager_blocks import block_overrides, why_eager_blocks, why_eager_model
+from .errors import UnsupportedModel
+from .extras import DoubleOverride, SingleOverride
+from .flux.architecture import FluxArchitecture
+from .fp8_model import ChangedBases, compute_device, moving, overrides_on, require_fp8, show_base, to_compute_device
+from .fp8_recipe import Fp8Recipe, attached_recipe
+from .fp8_weights import Fp8Weights
+from .host import Progress
+from .mutable_module import MutableTRTModule
+from .peft_patches import read_patches
+from .weights import WeightPatches
+
+_LOG = logging.getLogger("trt_core.diffusers")
+
+
+def architecture_of(model: Any) -> FluxArchitecture:
+    """Read from attributes: diffusers widens a model for a control LoRA without changing the config's items."""
+    config = {name: getattr(model.config, name, value) for name, value in model.config.items()}
+    return FluxArchitecture.from_diffusers_config({**config, "out_channels": model.out_channels})
+
+
+class CompiledState:
+    """Everything of ours that belongs to one transformer: the module, the binding, and what changed since."""
+
+    def __init__(self, model: nn.Module, arch: FluxArchitecture, config: CompileConfig, progress: Progress) -> None:
+        self.module = MutableTRTModule(arch, config, progress)
+        self.eager: dict[str, str] = {}
+        self._binding: DiffusersBinding | None = None
+        self._model_said: set[str] = set()
+        self._model = model
+        self._recipe: Fp8Recipe | None = None
+        self._bases: ChangedBases | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledState:
+        """A copied transformer binds its own weights and compiles at its first call, from the cache where it can."""
+        module = self.module
+        return CompiledState(copy.deepcopy(self._model, memo), module.arch, module.config, module.progress)
+
+    def prepare(self) -> bool:
+        """Brings weights up to date with what diffusers and PEFT did since the last call.
+
+        False where the whole model must run eagerly; `eager` then says why.
+        """
+        if reason := why_eager_model(self._model):
+            self.say({"the whole model": reason})
+            self.release()
+            return False
+        self._follow_recipe()
+        self._bind_or_bring_home()
+        binding = self._present_binding()
+        eager = why_eager_blocks(self._model)
+        peft = read_patches(binding.slots)
+        for name, why in peft.unmergeable.items():
+            if not name.startswith(("double_blocks", "single_blocks")):
+                self.say({"the whole model": f"{name}: {why}"})
+                self.release()
+                return False
+            eager.setdefault(_block_of(name), why)
+        self.say(eager)
+        self._refit({n: p for n, p in peft.weights.items() if _block_of(n) not in eager})
+        return True
+
+    def release(self) -> None:
+        """Base weights back, parameters on the bound tensors, nothing applied: before others read or move weights."""
+        if self._binding is None:
+            return
+        self._refit({})
+        self._binding, self._bases = None, None
+        self.module.unload()  # a model that moves away must not leave its fused weights behind
+
+    def whole_model(self) -> nn.Module:
+        """The model ready to run as diffusers runs it: all of it where it computes, also what FP8 keeps elsewhere."""
+        if attached_recipe(self._model) is not None:
+            to_compute_device(self._model)
+        return self._model
+
+    def overrides(self) -> tuple[dict[int, DoubleOverride], dict[int, SingleOverride]]:
+        """diffusers' own blocks, for those that run eagerly."""
+        doubles, singles = block_overrides(self._model, self.eager)
+        if self._recipe is None or not (doubles or singles):
+            return doubles, singles
+        return overrides_on(compute_device(self._model), self._present_binding().slots, doubles, singles)
+
+    def moving(self, move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """What `.to(...)` shall do to each tensor: FP8's bases may stay in host memory."""
+        recipe = attached_recipe(self._model)
+        if recipe is None:
+            return move
+        return moving(self._model, architecture_of(self._model), recipe, self.module.config.base_weights, move)
+
+    def close(self) -> None:
+        self.release()
+        self.module.close()
+
+    def say(self, eager: dict[str, str]) -> None:
+        """What runs eagerly from now on, and why; each reason is logged once."""
+        for block, reason in eager.items():
+            if (line := f"{block} runs eagerly: {reason}") not in self._model_said:
+                self._model_said.add(line)
+                _LOG.info(line)
+        self.eager = eager
+
+    def _follow_recipe(self) -> None:
+        recipe = attached_recipe(self._model)
+        if recipe is self._recipe:
+            return
+        self.release()
+        if recipe is None:
+            to_compute_device(self._model)
+        self._recipe = recipe
+
+    def _refit(self, patches: dict[str, WeightPatches]) -> None:
+        binding = self._present_binding()
+        if not self.module.weights.needs(patches):
+            return
+        try:
+            self.module.refit(patches)
+        finally:
+            # Also after a failed refit: parameters must never show a merged weight.
+            binding.point_at_bases(self.module.weights)
+        if not patches:
+            # Bases kept in host memory may go stale once parameters show the bound tensors again (fuse_lora).
+            self.module.weights.forget_bases()
+
+    def _bind_or_bring_home(self) -> None:
+        if self._binding is None or not self._binding.same_blocks(self._model):
+            self.release()
+            self._bind()
+            return
+        moved = self._binding.moved()
+        if moved and self._recipe is not None:
+            self._bind_anew(moved)
+        elif moved:
+            self._bring_home(self._binding, moved)
+        elif self._bases is not None and isinstance(weights := self.module.weights, Fp8Weights):
+            weights.quantize_again(self._bases.changed())
+
+    def _bring_home(self, binding: DiffusersBinding, moved: list[Slot]) -> None:
+        restored = {slot.name for slot in moved} & self.module.weights.touched
+        reassigned = [(p, p.data) for slot in moved if (p := slot.parameter()) is not None]
+        self._refit({})
+        for parameter, data in reassigned:  # the refit pointed them at their bases
+            parameter.data = data
+        reason = binding.bring_home(moved)
+        if reason is not None:
+            _LOG.info("binding the model again: %s", reason)
+            self._bind()
+            return
+        binding.point_at_bases(self.module.weights)
+        _LOG.info("%d re-assigned weights brought home (%d under a LoRA)", len(moved), len(restored))
+
+    def _bind(self) -> None:
+        arch = architecture_of(self._model)
+        if arch != self.module.arch:
+            _LOG.info("the architecture changed (%d input channels now): compiling anew", arch.in_channels)
+            config, progress = self.module.config, self.module.progress
+            self.module.close()
+            self.module = MutableTRTModule(arch, config, progress)
+        self._binding = None  # until the weights are there: a load that fails leaves nothing to restore
+        device = compute_device(self._model)
+        if self._recipe is not None:
+            require_fp8(device)
+        binding = DiffusersBinding(self._model, arch)
+        if self._recipe is None:
+            self.module.load(binding.tensors, scale_first=True)
+        else:
+            self.module.load_fp8(binding.tensors, self._recipe, device, show_base(binding), scale_first=True)
+            binding.point_at_bases(self.module.weights)
+            self._bases = ChangedBases(binding.slots, self._recipe)
+        self._binding = binding
+
+    def _bind_anew(self, moved: list[Slot]) -> None:
+        """FP8: a re-assigned parameter is a new base, from which everything is quantized again."""
+        reassigned = [(p, p.data) for slot in moved if (p := slot.parameter()) is not None]
+        self.release()
+        for parameter, data in reassigned:  # the release pointed them at their old bases
+            parameter.data = data
+        _LOG.info("%d re-assigned weights: quantizing the model again", len(moved))
+        self._bind()
+
+    def _present_binding(self) -> DiffusersBinding:
+        if self._binding is None:
+            self._bind()
+        if self._binding is None:
+            raise UnsupportedModel("The transformer could not be bound.")
+        return self._binding
+
+
+def _block_of(name: str) -> str:
+    """ "double_blocks.3" of "double_blocks.3.img_attn.qkv.weight"."""
+    return ".".join(name.split(".")[:2])
