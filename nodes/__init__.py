@@ -8,6 +8,7 @@ from typing_extensions import override
 from .adapters.host import register_engine_folder
 from .compile_transformer import CompileTransformer
 from .engine_cache import EngineCacheNode
+from .fp8_quantize import Fp8Quantize
 from .lora_refit import LoraRefit
 
 
@@ -18,4 +19,4 @@ class TRTExtension(ComfyExtension):
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [CompileTransformer, LoraRefit, EngineCacheNode]
+        return [CompileTransformer, LoraRefit, EngineCacheNode, Fp8Quantize]

@@ -20,6 +20,7 @@ from ...trt_core.background import run_cancellable
 from ...trt_core.block_runner import BlockRunner
 from ...trt_core.execution import Pe
 from ...trt_core.mutable_module import MutableTRTModule
+from ...trt_core.weights import BoundWeights
 from . import weights
 
 Replacement = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
@@ -30,14 +31,15 @@ _LENT_OPTIONS: Mapping[str, Any] = {
 
 
 class Lender:
-    """Lends the bound weights, LoRAs merged, to ComfyUI's own block while it runs: no second copy, no second merge."""
+    """Lends the bound weights, LoRAs merged, to ComfyUI's own block while it runs: no second merge, and no second copy
+    but of FP8 weights, which the block gets in the compute dtype."""
 
-    def __init__(self, name: str, block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, name: str, block: nn.Module, bound: BoundWeights) -> None:
         self._parts = []
         for path, module in block.named_modules():
             lent = {}
             for kind in ("weight", "bias"):
-                tensor = tensors.get(weights.bfl_name(f"{name}.{path}.{kind}"))
+                tensor = bound.readable(weights.bfl_name(f"{name}.{path}.{kind}"))
                 if tensor is not None:
                     lent[kind] = nn.Parameter(tensor, requires_grad=False)
             if lent:
@@ -158,7 +160,7 @@ class BlockCall:
     def _lent_original(self, name: str, original: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[..., Any]:
         def run(args: dict[str, Any]) -> dict[str, Any]:
             block = self._flux.get_submodule(name)
-            with Lender(name, block, self._module.weights.tensors).lent():
+            with Lender(name, block, self._module.weights).lent():
                 return original(args)
 
         return run

@@ -33,7 +33,7 @@ def around_blocks(patcher: Any, resident: Resident, foreign: frozenset[str]) -> 
     The patcher is changed only in here: its size, its uuid (legacy) and its `load`.
     """
     size, patches_uuid, load = patcher.model_size(), patcher.patches_uuid, patcher.load
-    rest = max(1, size - resident.size_bytes)
+    rest = max(1, size - resident.replaced_bytes)
 
     def load_rest(*args: Any, **kwargs: Any) -> Any:
         if patcher.is_dynamic():

@@ -22,6 +22,7 @@ from .eager import foreign_blocks, why_eager_blocks, why_eager_call, why_eager_m
 from .host import NodeProgress, named, show
 from .loading import around_blocks
 from .lora_patches import effective_patches
+from .quantize import recipe_of
 from .resident import Resident, resident_of
 from .text import RunText
 
@@ -62,6 +63,7 @@ class CompiledBlocks:
         self._end()
         with named(self._node):
             resident = resident_of(patcher)
+            resident.use(recipe_of(patcher))
             reason = why_eager_model(patcher, resident)
             if not reason:
                 try:

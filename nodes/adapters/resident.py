@@ -6,22 +6,27 @@ BaseModel and never refers to it. Engines outlive it in the engine cache, which 
 
 from __future__ import annotations
 
+import math
 import uuid
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import torch
 
-from ...trt_core.config import CompileConfig
+from ...trt_core.config import BaseWeights, CompileConfig
 from ...trt_core.errors import OutOfMemory
+from ...trt_core.fp8_model import require_fp8
+from ...trt_core.fp8_recipe import Fp8Recipe
+from ...trt_core.fp8_weights import base_place
 from ...trt_core.host import Progress, stop_if_cancelled
 from ...trt_core.mutable_module import MutableTRTModule
 from . import weights
 from .lora_files import SHELF
 
+_HOST = BaseWeights.HOST
 _residents: weakref.WeakKeyDictionary[Any, Resident] = weakref.WeakKeyDictionary()
 
 
@@ -84,10 +89,31 @@ class Resident:
         self.ran: set[Any] = set()
         """Kinds of block and shapes that have run since the last build (`blocks.BlockCall`)."""
         self.stem_uuids: dict[Hashable, uuid.UUID] = {}
-        elements = sum(weights.raw_base(patcher, key).numel() for key in self.names.values())
-        self.size_bytes = elements * self.dtype.itemsize
+        self.recipe: Fp8Recipe | None = None
+        self._shapes = {name: tuple(weights.raw_base(patcher, key).shape) for name, key in self.names.items()}
+        self.replaced_bytes = sum(weights.raw_base(patcher, key).nbytes for key in self.names.values())
+        """What ComfyUI's own copy of the blocks would take on the GPU."""
         this = weakref.ref(self)
         self.companion = BoundPatcher(patcher, self.size_bytes, lambda: _release(this))
+
+    @property
+    def size_bytes(self) -> int:
+        """What the bound weights take; the bases of FP8 weights come on top where they fit."""
+        sizes = {name: math.prod(shape) for name, shape in self._shapes.items()}
+        in_fp8 = self.recipe.linears if self.recipe else frozenset()
+        return sum(
+            n * (1 if name.removesuffix(".weight") in in_fp8 else self.dtype.itemsize) for name, n in sizes.items()
+        )
+
+    def use(self, recipe: Fp8Recipe | None) -> None:
+        """Weights of another recipe are let go of; the next load binds this one's."""
+        if recipe == self.recipe:
+            return
+        if recipe is not None:
+            require_fp8(self.device)
+        self.release()
+        self.recipe = recipe
+        self.companion.size = self.size_bytes
 
     def serves(self, patcher: Any) -> bool:
         """Whether the patcher computes where and in what the weights are bound."""
@@ -123,7 +149,8 @@ class Resident:
             return
         try:
             with torch.inference_mode(False), torch.no_grad():
-                module.load_blocks(self._read(patcher, module.progress).items(), self.device)
+                module.load_blocks(self._read(patcher, module), self.device, self.recipe)
+            self.companion.size = self.size_bytes + module.weights.base_gpu_bytes
             complete = True
         except torch.OutOfMemoryError as error:
             raise OutOfMemory("The blocks' weights do not fit on the GPU beside what others hold.") from error
@@ -131,20 +158,23 @@ class Resident:
             if not complete:
                 self.release()
 
-    def _read(self, patcher: Any, progress: Progress) -> dict[str, torch.Tensor]:
-        read = {}
+    def _read(self, patcher: Any, module: MutableTRTModule) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every weight, one by one, where its base is going to be: in FP8 none stays in full size on the GPU."""
+        device, recipe, progress = self.device, self.recipe, module.progress
+        if recipe is not None and base_place(module.config.base_weights, self.arch, recipe, device, False) is _HOST:
+            device = torch.device("cpu")
         for done, (name, key) in enumerate(self.names.items()):
             if done % 20 == 0:
                 stop_if_cancelled(progress, "Loading weights")
                 progress.update("Loading weights", done, len(self.names))
-            read[name] = weights.read_base(patcher, key, self.device, self.dtype)
+            yield name, weights.read_base(patcher, key, device, self.dtype)
         progress.update("Loading weights", len(self.names), len(self.names))
-        return read
 
     def release(self) -> None:
         """Gives everything back: weights, kept bases, engines. The next run binds anew."""
         module, self.module = self.module, None
         self.companion.bound, self.refused = False, ""
+        self.companion.size = self.size_bytes
         self.ran.clear()
         if module is not None:
             module.discard()

@@ -61,7 +61,13 @@ def bfl_name(name: str) -> str:
 
 def block_weights(flux: nn.Module) -> dict[str, str]:
     """BFL name -> key in the patcher ("diffusion_model....weight") of every weight in the blocks."""
-    return {bfl_name(name): PREFIX + name for name, _ in flux.named_parameters() if name.startswith(BLOCK_LISTS)}
+    return {name: key for name, key in all_weights(flux).items() if name.startswith(BLOCK_LISTS)}
+
+
+def all_weights(flux: nn.Module) -> dict[str, str]:
+    """BFL name -> key in the patcher of every weight; a quantized layer has scales beside them, which are none."""
+    names = (name for name, _ in flux.named_parameters() if name.endswith((".weight", ".bias")))
+    return {bfl_name(name): PREFIX + name for name in names}
 
 
 def compute_dtype(patcher: Any) -> torch.dtype:
@@ -91,11 +97,11 @@ def read_base(patcher: Any, key: str, device: torch.device, dtype: torch.dtype) 
         return out.zero_()
     if isinstance(weight, QuantizedTensor):
         return out.copy_(weight.to(device=device).to(dtype=torch.float32).dequantize())
-    stored = _stored_dtype(patcher, key) or weight.dtype
+    stored = stored_dtype(patcher, key) or weight.dtype
     return out.copy_(weight if weight.dtype == stored == dtype else weight.to(device).to(stored))
 
 
-def _stored_dtype(patcher: Any, key: str) -> torch.dtype | None:
+def stored_dtype(patcher: Any, key: str) -> torch.dtype | None:
     """What the loader was told to keep the weight in, such as fp8: under Dynamic VRAM it is still as in the file."""
     module, _, kind = key.rpartition(".")
     return getattr(patcher.model.get_submodule(module), f"{kind}_comfy_model_dtype", None)
