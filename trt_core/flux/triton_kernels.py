@@ -11,8 +11,8 @@ from torch import Tensor
 @triton.jit
 def _norm_rope_kernel(
     img_ptr, txt_ptr, out_ptr, img_scale_ptr, txt_scale_ptr, img_cos_ptr, img_sin_ptr, txt_cos_ptr, txt_sin_ptr,
-    n_txt, n_all, img_stride_b, img_stride_l, txt_stride_b, txt_stride_l, eps,
-    HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, DIM: tl.constexpr,
+    n_txt, n_all, img_stride_b, img_stride_l, txt_stride_b, txt_stride_l,
+    EPS: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """One program is one token: all heads normalised over DIM, rotated pair by pair, rounded once on the store."""
     pid = tl.program_id(0)
@@ -29,7 +29,7 @@ def _norm_rope_kernel(
     inside = head < HEADS
     x = tl.load(row_ptr + head * DIM + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + column).to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / DIM + eps) * scale
+    x = x * tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / DIM + EPS) * scale
     half = tl.arange(0, DIM // 2)[None, :]
     cos = tl.load(cos_ptr + place * (DIM // 2) + half)
     sin = tl.load(sin_ptr + place * (DIM // 2) + half)
@@ -53,7 +53,7 @@ def norm_rope(
     out = torch.empty((batch, n_all, heads, dim), dtype=img.dtype, device=img.device)
     _norm_rope_kernel[(batch * n_all,)](
         img, txt, out, img_scale, txt_scale, img_cos, img_sin, txt_cos, txt_sin,
-        n_txt, n_all, img.stride(0), img.stride(1), txt.stride(0), txt.stride(1), eps,
-        HEADS=heads, HEADS_BLOCK=triton.next_power_of_2(heads), DIM=dim, num_warps=4,
+        n_txt, n_all, img.stride(0), img.stride(1), txt.stride(0), txt.stride(1),
+        EPS=eps, HEADS=heads, HEADS_BLOCK=triton.next_power_of_2(heads), DIM=dim, num_warps=4,
     )  # fmt: skip
     return out

@@ -2,7 +2,8 @@
 
 One program is one row (token), read once and kept in fp32 registers. The constant QUANTIZE says what is stored: 0 the
 row in the output's dtype; 1 `value / scale` with one scale from `scale_ptr`; 2 the same with the row's own scale, which
-is written to `scale_ptr`. Quantized values come from the fp32 row, not from one rounded to bf16 first.
+is written to `scale_ptr`. Quantized values come from the fp32 row, not from one rounded to bf16 first. EPS is constant,
+too: Inductor hands Python's floats over as fp64, and everything that one touches becomes fp64.
 """
 # ruff: noqa: N803 - Triton writes compile-time constants in capitals.
 
@@ -86,8 +87,8 @@ def _quantize_kernel(
 @triton.jit
 def _modulated_norm_kernel(
     x_ptr, mod_shift_ptr, mod_scale_ptr, out_ptr, scale_ptr,
-    tokens, x_stride_b, x_stride_l, shift_stride_b, scale_stride_b, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUANTIZE: tl.constexpr,
+    tokens, x_stride_b, x_stride_l, shift_stride_b, scale_stride_b,
+    EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     batch = (row // tokens).to(tl.int64)
@@ -95,7 +96,7 @@ def _modulated_norm_kernel(
     shift = _load(mod_shift_ptr + batch * shift_stride_b, 0, WIDTH, BLOCK)
     scale = _load(mod_scale_ptr + batch * scale_stride_b, 0, WIDTH, BLOCK)
     x = tl.where(tl.arange(0, BLOCK) < WIDTH, x - tl.sum(x, axis=0) / WIDTH, 0.0)
-    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps) * (1.0 + scale) + shift
+    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + EPS) * (1.0 + scale) + shift
     factor = _factor(amax_bits(x), scale_ptr, row, QUANTIZE)
     _store(out_ptr + row.to(tl.int64) * WIDTH, 0, x, factor, WIDTH, BLOCK, QUANTIZE)
 
@@ -170,8 +171,8 @@ def _modulated_norm(
     x, shift, scale, width = _rows(x), _rows(shift), _rows(scale), x.shape[-1]
     out, scales = _outputs(x, width, mode, input_scale)
     _modulated_norm_kernel[(x.shape[0] * x.shape[1],)](
-        x, shift, scale, out, scales, x.shape[1], x.stride(0), x.stride(1), shift.stride(0), scale.stride(0), eps,
-        WIDTH=width, BLOCK=triton.next_power_of_2(width), QUANTIZE=mode, num_warps=_warps(width),
+        x, shift, scale, out, scales, x.shape[1], x.stride(0), x.stride(1), shift.stride(0), scale.stride(0),
+        EPS=eps, WIDTH=width, BLOCK=triton.next_power_of_2(width), QUANTIZE=mode, num_warps=_warps(width),
     )  # fmt: skip
     return out, scales
 
