@@ -13,6 +13,7 @@ from .backends.base import CompiledSegment
 from .backends.compiler import SegmentCompiler
 from .backends.inductor import why_not_inductor
 from .backends.tensorrt_builders import Builders
+from .backends.tensorrt_fp8 import why_not_tensorrt_fp8
 from .background import Stopwatch
 from .config import Attention, Backend, CompileConfig, Layout
 from .engine_cache import EngineKey
@@ -194,10 +195,15 @@ class PlanSearch:
         """Every backend and why it cannot be built on this machine, or None."""
         device = self.compiler.device
         return {
-            Backend.TENSORRT: why_not_tensorrt(current_gpu() if device.type == "cuda" else None),
+            Backend.TENSORRT: self._why_not_tensorrt(),
             Backend.INDUCTOR: why_not_inductor(device),
             Backend.EAGER: None,
         }
+
+    def _why_not_tensorrt(self) -> str | None:
+        gpu = current_gpu() if self.compiler.device.type == "cuda" else None
+        precisions = (self.compiler.precision(WHOLE_SEGMENT[kind]) for kind in BlockKind)
+        return why_not_tensorrt(gpu) or next(filter(None, (why_not_tensorrt_fp8(p, gpu) for p in precisions)), None)
 
     def _wanted(self, backend: Backend) -> list[SegmentName]:
         """Segments to build first: halves for TensorRT and eager, whole blocks (in auto halves too) for Inductor."""

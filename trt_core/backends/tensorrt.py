@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import Backend
 from ..errors import BuildFailed, OutOfMemory
 from ..flux.catalogue import Axis, Segment, axis_range
-from . import tensorrt_api
+from . import tensorrt_api, tensorrt_fp8
 from .base import Request
 
 _LOG = logging.getLogger("trt_core.tensorrt")
@@ -40,6 +40,8 @@ class Scratch:
 def build_plan(request: Request, timing_cache: str) -> bytes:
     """Plan bytes of a segment whose activations and weights are all inputs. Raises `BuildFailed`, `OutOfMemory`."""
     started = time.perf_counter()
+    if request.precision.fp8:
+        tensorrt_fp8.register_converters()
     try:
         plan = tensorrt_api.serialized_engine(export(request), _inputs(request), request.device, timing_cache)
     except torch.OutOfMemoryError as error:
@@ -93,7 +95,7 @@ def _inputs(request: Request) -> list[Any]:
         dtype = torch.float32 if argument.fp32 else request.dtype
         inputs.append(tensorrt_api.dynamic_input(low, opt, high, dtype, argument.name))
     for weight in segment.weights:
-        shape, dtype = weight.shape, weight.dtype or request.dtype
+        shape, dtype = weight.shape, tensorrt_fp8.input_dtype(weight.dtype or request.dtype)
         inputs.append(tensorrt_api.dynamic_input(shape, shape, shape, dtype, weight.name.replace(".", "_")))
     return inputs
 

@@ -44,15 +44,15 @@ def load_tensorrt() -> TensorRT:
         raise MissingDependency(f"{name} is installed but does not load: {error}", fix=_install_fix()) from error
 
 
-def new_logger(trt: TensorRT) -> Any:
-    """A TensorRT logger that forwards to Python logging; TensorRT keeps one for the whole process."""
+def new_logger(trt: TensorRT, errors: int = logging.WARNING) -> Any:
+    """A TensorRT logger that forwards to Python logging, its errors as `errors`; one is kept for the whole process."""
 
     class Forward(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            level = logging.WARNING if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) else logging.DEBUG
+            level = errors if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) else logging.DEBUG
             _LOG.log(level, message)
 
     return Forward()

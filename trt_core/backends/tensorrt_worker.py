@@ -22,19 +22,21 @@ from ..flux.architecture import FluxArchitecture
 from ..flux.attention import attend
 from ..flux.catalogue import SegmentName, segment
 from ..flux.precision import Precision
+from . import tensorrt_fp8
 from .base import Request
 from .tensorrt import build_plan
 
 
 def describe(request: Request, arch: FluxArchitecture) -> dict[str, Any]:
     """A request as JSON: everything that defines the engine, which is also what its cache key holds."""
-    return {
+    fields = {
         "segment": request.segment.name.value,
         "architecture": asdict(arch),
         "dtype": str(request.dtype).removeprefix("torch."),
         "profile": asdict(request.profile),
         "precision": request.precision.to_dict(),
     }
+    return {**fields, "converters": tensorrt_fp8.source_version()} if request.precision.fp8 else fields
 
 
 def parse(fields: dict[str, Any], device: torch.device) -> Request:
@@ -48,8 +50,8 @@ def parse(fields: dict[str, Any], device: torch.device) -> Request:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to standard output; only answers may go there
-    # torch_tensorrt imports ModelOpt where it finds it, which costs seconds and serves FP8 only. This process builds
-    # nothing that needs it.
+    # torch_tensorrt imports ModelOpt where it finds it, which costs seconds, for the operations of ModelOpt's modules.
+    # No segment has them: FP8 segments have converters of ours (`tensorrt_fp8`).
     sys.modules["modelopt"] = None  # type: ignore[assignment]
     for line in sys.stdin:
         answers.write(json.dumps(_answer(json.loads(line))) + "\n")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fp8
+from . import fp8, fp8_export
 from .fused import join_gelu, modulated_norm
 
 
@@ -72,7 +72,8 @@ def join_gelu_linear(attn: Tensor, mlp: Tensor, weight: Weight, bias: Tensor) ->
 
 
 def _product(quantized: tuple[Tensor, Tensor], weight: Fp8Weight, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    return fp8.scaled_linear(*quantized, weight.weight, weight.scale, bias, dtype)
+    product = fp8_export.scaled_linear if fp8_export.exporting() else fp8.scaled_linear
+    return product(*quantized, weight.weight, weight.scale, bias, dtype)
 
 
 def _exact(x: Tensor, weight: Fp8Weight, bias: Tensor) -> Tensor:
