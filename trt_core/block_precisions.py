@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from .execution import BlockWeights
 from .flux.architecture import FluxArchitecture
+from .flux.catalogue import BlockKind
 from .flux.precision import PLAIN, Precision
 from .flux.weights import DOUBLE_OUT, DOUBLE_QKV, SINGLE_OUT, SINGLE_QKV_MLP
 from .fp8_recipe import Activations, Fp8Recipe, Granularity
@@ -43,6 +44,13 @@ class BlockPrecisions:
             _weights(tensors, f"single_blocks.{i}.", p, SINGLE_QKV_MLP, SINGLE_OUT) for i, p in enumerate(self.single)
         ]
         return double, single
+
+    def samples(
+        self, double: Sequence[BlockWeights], single: Sequence[BlockWeights]
+    ) -> dict[tuple[BlockKind, Precision], BlockWeights]:
+        """The weights of one block of each kind and precision."""
+        doubles = {(BlockKind.DOUBLE, p): weights for p, weights in zip(self.double, double, strict=True)}
+        return doubles | {(BlockKind.SINGLE, p): weights for p, weights in zip(self.single, single, strict=True)}
 
 
 def _precision(recipe: Fp8Recipe, block: str) -> Precision:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -15,7 +15,7 @@ from .compiled_blocks import CompiledBlocks
 from .config import CompileConfig, Layout, Profile
 from .engine_cache import EngineCache
 from .errors import ShapeOutsideProfile
-from .execution import DoubleBlock, SingleBlock
+from .execution import BlockWeights, DoubleBlock, SingleBlock
 from .flux.architecture import FluxArchitecture
 from .flux.catalogue import BlockKind
 from .flux.precision import PLAIN, Precision
@@ -52,6 +52,10 @@ class Bound:
         return [(d or double[0], s or single[0]) for d, s in zip_longest(double, single)]
 
 
+Samples = Mapping[tuple[BlockKind, Precision], BlockWeights]
+"""Bound weights of one block of each kind and precision, to measure with: random ones would take more memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """How each block of the model runs, by its index; `compiled` are those of the first pair."""
@@ -79,10 +83,10 @@ class Compilation:
     def empty(self) -> bool:
         return not self._compiled
 
-    def blocks(self, bound: Bound, shapes: Shapes, progress: Progress) -> Blocks:
+    def blocks(self, bound: Bound, shapes: Shapes, samples: Samples, progress: Progress) -> Blocks:
         """The blocks for these shapes, compiled now where they are not."""
         layout = self._layout(bound, shapes)
-        fitting = [self._fitting((layout, *pair), bound, shapes, progress) for pair in bound.pairs]
+        fitting = [self._fitting((layout, *pair), bound, shapes, samples, progress) for pair in bound.pairs]
         key = (layout, bound)
         if key not in self._blocks:
             double = {pair[0]: compiled.double for pair, compiled in zip(bound.pairs, fitting, strict=True)}
@@ -122,14 +126,15 @@ class Compilation:
         return Layout.SPLIT
 
     def _fitting(
-        self, key: tuple[Layout | None, Precision, Precision], bound: Bound, shapes: Shapes, progress: Progress
-    ) -> CompiledBlocks:
+        self, key: tuple[Layout | None, Precision, Precision], bound: Bound, shapes: Shapes, samples: Samples,
+        progress: Progress,
+    ) -> CompiledBlocks:  # fmt: skip
         compiled = self._compiled.get(key)
         sizes = (shapes.batch, shapes.img_tokens, shapes.txt_tokens)
         if compiled is not None and (not compiled.plan.uses_profile or compiled.plan.profile.holds(*sizes)):
             return compiled
         profile = self._profile(compiled, *sizes)
-        return self._compile(key, bound, profile, progress)
+        return self._compile(key, bound, profile, samples, progress)
 
     def _profile(self, compiled: CompiledBlocks | None, batch: int, img_tokens: int, txt_tokens: int) -> Profile:
         wanted = compiled.plan.profile if compiled else self._config.profile
@@ -152,13 +157,15 @@ class Compilation:
         return wanted.widened(batch, img_tokens, txt_tokens)
 
     def _compile(
-        self, key: tuple[Layout | None, Precision, Precision], bound: Bound, profile: Profile, progress: Progress
-    ) -> CompiledBlocks:
+        self, key: tuple[Layout | None, Precision, Precision], bound: Bound, profile: Profile, samples: Samples,
+        progress: Progress,
+    ) -> CompiledBlocks:  # fmt: skip
         watch = Stopwatch()
         layout, *precisions = key
         compiler = SegmentCompiler(
             self._arch, bound.dtype, bound.device, profile, self._cache, self._config.error_ratio_bound, progress,
             dict(zip(BlockKind, precisions, strict=True)),
+            {kind: samples[kind, p] for kind, p in zip(BlockKind, precisions, strict=True) if (kind, p) in samples},
         )  # fmt: skip
         plan, segments = PlanSearch(compiler, self._config, layout).run()
         compiled = CompiledBlocks.of(plan, segments)

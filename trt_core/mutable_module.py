@@ -9,6 +9,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from .base_storage import BaseSource
 from .block_precisions import BlockPrecisions
 from .block_runner import BlockRunner
 from .compilation import Blocks, Bound, Compilation, Shapes
@@ -22,6 +23,7 @@ from .flux.rope import rope_cos_sin
 from .flux.weights import check_complete, weight_shapes
 from .fp8_recipe import Fp8Recipe
 from .fp8_weights import Fp8Weights, Placed, base_place
+from .given_fp8 import GivenFp8, GivenFp8Weights
 from .host import Progress, Silent
 from .host_slabs import HostSlabs
 from .plan import Measurement
@@ -59,14 +61,15 @@ class MutableTRTModule:
     """
 
     def __init__(
-        self, arch: FluxArchitecture, config: CompileConfig | None = None, progress: Progress | None = None
-    ) -> None:
+        self, arch: FluxArchitecture, config: CompileConfig | None = None, progress: Progress | None = None,
+        base_source: BaseSource | None = None,
+    ) -> None:  # fmt: skip
         self.arch = arch
         self.config = config or CompileConfig()
         self.progress: Progress = progress or Silent()
         self.state = ModuleState.EMPTY
         self.last_refit: RefitReport | None = None
-        self._slabs = HostSlabs()
+        self._slabs, self._base_source = HostSlabs(), base_source
         self._compilation = Compilation(arch, self.config)
         self._weights: BoundWeights | None = None
         self._precisions = BlockPrecisions.plain(arch)
@@ -120,12 +123,21 @@ class MutableTRTModule:
             given = dict(weights)
             self._check(given, blocks_alone=True)
             check_one_device(given.values())
-            self._bind(BoundWeights(given, self.config.base_weights, self._slabs))
+            self._bind(BoundWeights(given, self.config.base_weights, self._slabs, self._base_source))
             return
         place = base_place(self.config.base_weights, self.arch, fp8, device, given_there=False)
         bound = Fp8Weights(weights, fp8, place, device)
         self._check({name: bound.base(name) for name in bound.base_names}, blocks_alone=True)
         self._bind(bound, fp8)
+
+    def load_given_blocks(
+        self, weights: Iterable[tuple[str, Tensor | GivenFp8]], device: torch.device, recipe: Fp8Recipe
+    ) -> None:
+        """As `load_blocks` for weights that are FP8 already: the recipe's layers are bound as they are given."""
+        self._refuse_closed()
+        bound = GivenFp8Weights(weights, recipe, self.config.base_weights, device, self._slabs)
+        self._check(bound.outlines(), blocks_alone=True)
+        self._bind(bound, recipe)
 
     def _check(self, weights: Mapping[str, Tensor], blocks_alone: bool = False) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -265,7 +277,8 @@ class MutableTRTModule:
         self._refuse_closed()
         weights = self.weights
         bound = Bound(weights.dtype, weights.device, self._precisions.double, self._precisions.single)
-        blocks = self._compilation.blocks(bound, Shapes(batch, img_tokens, txt_tokens, masked), self.progress)
+        samples = self._precisions.samples(self._double_weights, self._single_weights)
+        blocks = self._compilation.blocks(bound, Shapes(batch, img_tokens, txt_tokens, masked), samples, self.progress)
         self.state = ModuleState.READY
         return blocks
 

@@ -9,12 +9,8 @@ from typing import Any
 
 from .config import Attention, Backend, Layout, Profile, ShapeRange
 from .errors import BuildFailed
-from .flux.catalogue import BlockKind, SegmentName
+from .flux.catalogue import SPLIT_SEGMENTS, BlockKind, SegmentName
 
-SPLIT_SEGMENTS: Mapping[BlockKind, tuple[SegmentName, SegmentName]] = {
-    BlockKind.DOUBLE: (SegmentName.DOUBLE_QKV, SegmentName.DOUBLE_OUT),
-    BlockKind.SINGLE: (SegmentName.SINGLE_QKV_MLP, SegmentName.SINGLE_OUT),
-}
 WHOLE_SEGMENT: Mapping[BlockKind, SegmentName] = {
     BlockKind.DOUBLE: SegmentName.DOUBLE_BLOCK,
     BlockKind.SINGLE: SegmentName.SINGLE_BLOCK,

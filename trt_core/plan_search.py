@@ -74,9 +74,13 @@ class PlanSearch:
         needed = {(name, backend) for name, backend, _ in plan.needed()}
         for key in [key for key in self.compiled if key not in needed]:
             self.compiled.pop(key).close()
-        if self.compiler.device.type == "cuda":
-            torch.cuda.empty_cache()  # what checks and measurements used: up to 1.5 GB for a full-size block
+        self._free_cached()
         return plan, self.compiled
+
+    def _free_cached(self) -> None:
+        """What checks and measurements used: up to 1.5 GB for a full-size block, of other sizes for the next one."""
+        if self.compiler.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _found_or_searched(self) -> Plan:
         """The remembered plan, else a new one; two processes that want the same one search once."""
@@ -90,8 +94,7 @@ class PlanSearch:
     def _close_all(self) -> None:
         while self.compiled:
             self.compiled.popitem()[1].close()
-        if self.compiler.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._free_cached()
 
     # -- a plan found before -------------------------------------------------------------------------------------
 
@@ -266,6 +269,7 @@ class PlanSearch:
                 self.compiled[name, backend] = self.compiler.compile(name, backend, attention)
             except BuildFailed as error:
                 self._failed(name, backend, error)
+            self._free_cached()
         for name, backend in jobs:
             self._measure(name, backend, attention)
 
@@ -276,12 +280,11 @@ class PlanSearch:
             return
         ms = 0.0
         if self.config.backend is Backend.AUTO:
-            opt, compiler = self.compiler.profile, self.compiler
-            inputs = compiler.request(name, attention).segment.random_inputs(
-                opt.batch.opt, opt.img_tokens.opt, opt.txt_tokens.opt, compiler.dtype, compiler.device
-            )
+            inputs = self.compiler.inputs(name, attention)
             with torch.no_grad():
-                ms = median_milliseconds(lambda: compiled(*inputs), compiler.device)
+                ms = median_milliseconds(lambda: compiled(*inputs), self.compiler.device)
+            del inputs
+            self._free_cached()
         self.milliseconds[name, backend] = ms
         ratio = self.compiler.error_ratios.get((name, backend))
         self.measurements.append(Measurement(name.value, backend.value, ms or None, ratio))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .background import Stopwatch
-from .base_storage import BaseStorage, HostSlabs
+from .base_storage import BaseSource, BaseStorage, HostSlabs
 from .config import BaseWeights
 from .errors import LoraMismatch, OutOfMemory, TRTError
 from .lora.changes import Additive, Patch, merged
@@ -59,10 +59,13 @@ def plan_refit(new: Mapping[str, Hashable], applied: Mapping[str, Hashable]) -> 
 class BoundWeights:
     """Tensors by BFL name, written in place by `refit` and never moved: engines and graphs keep their addresses."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], mode: BaseWeights, slabs: HostSlabs | None = None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], mode: BaseWeights, slabs: HostSlabs | None = None,
+        source: BaseSource | None = None,
+    ) -> None:  # fmt: skip
         self.tensors = dict(tensors)
         self.device = next(iter(self.tensors.values())).device
-        self._bases = BaseStorage(mode, self.device, slabs)
+        self._bases = BaseStorage(mode, self.device, slabs, source)
         self._applied: dict[str, WeightPatches] = {}
 
     @property
@@ -119,11 +122,15 @@ class BoundWeights:
                 self._roll_back(plan, written)
         for name in plan.restore:
             del self._applied[name]
-            self._bases.give_back(name)
+            self._give_back(name)
         self._applied.update({name: new[name] for name in plan.merge})
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self._report(plan, watch)
+
+    def free_base_gpu(self, wanted_bytes: float) -> int:
+        """Lets go of copies of base weights on the device until `wanted_bytes` are free; returns the bytes freed."""
+        return self._bases.free_gpu(wanted_bytes)
 
     def restore(self) -> None:
         """Every weight is its base again, bit for bit."""
@@ -160,16 +167,22 @@ class BoundWeights:
         """Puts what a failed refit has written back; merged in host memory, because the GPU may have just run out."""
         for name in written:
             before = self._applied.get(name)
-            base = self._kept(name).cpu()
             if before is None:
-                self._put(name, base)
+                self._put_base(name)
                 continue
+            base = self._kept(name).cpu()
             self._put(name, merged(base, [(patch.to("cpu"), strength) for patch, strength in before.patches]))
             # Another device may round otherwise: the next refit merges it anew, to the bits of a fresh one.
             self._applied[name] = WeightPatches(object(), before.patches)
         for name in plan.merge:
             if name not in self._applied:
-                self._bases.give_back(name)
+                self._give_back(name)
+
+    def _give_back(self, name: str) -> None:
+        self._bases.give_back(name)
+
+    def _put_base(self, name: str) -> None:
+        self._put(name, self._kept(name).cpu())
 
     def _put(self, name: str, value: Tensor) -> None:
         self.tensors[name].copy_(value)

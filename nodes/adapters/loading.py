@@ -47,6 +47,7 @@ def around_blocks(patcher: Any, resident: Resident, foreign: frozenset[str]) -> 
 
     if not resident.companion.bound:
         _give_back_blocks(patcher)
+    resident.own_copy.belongs_to(patcher)
     resident.companion.bind = lambda: resident.bind(patcher)
     patcher.load, patcher.size = load_rest, rest
     if not patcher.is_dynamic():

@@ -16,6 +16,7 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 
+from ...trt_core import host_slabs
 from ...trt_core.config import BaseWeights, CompileConfig
 from ...trt_core.errors import OutOfMemory
 from ...trt_core.fp8_model import require_fp8
@@ -25,8 +26,9 @@ from ...trt_core.host import Progress, stop_if_cancelled
 from ...trt_core.mutable_module import MutableTRTModule
 from . import weights
 from .lora_files import SHELF
+from .own_copy import OwnCopy
+from .quantize_given import read_given, recipe_as_given
 
-_HOST = BaseWeights.HOST
 _residents: weakref.WeakKeyDictionary[Any, Resident] = weakref.WeakKeyDictionary()
 
 
@@ -35,16 +37,17 @@ class TRTWeights(torch.nn.Module):
 
 
 class BoundPatcher(comfy.model_patcher.ModelPatcher):
-    """Tells ComfyUI how much GPU memory is bound, and gives it back when ComfyUI unloads it: all or nothing.
+    """Tells ComfyUI how much GPU memory we hold, and gives it back: copies of base weights first, then all of it.
 
     Not a wrapper's own bookkeeping: memory that ComfyUI does not see as a model can never be evicted by it.
     """
 
-    def __init__(self, patcher: Any, size_bytes: int, release: Callable[[], None]) -> None:
-        super().__init__(TRTWeights(), patcher.load_device, patcher.offload_device, size=size_bytes)
+    def __init__(self, patcher: Any, bound_bytes: int, resident: weakref.ref[Resident]) -> None:
+        super().__init__(TRTWeights(), patcher.load_device, patcher.offload_device, size=bound_bytes)
         self.bind: Callable[[], None] | None = None
         self.bound = False
-        self._release = release
+        self._resident = resident
+        self._base_limit = math.inf
 
     def clone(self, *args: Any, **kwargs: Any) -> BoundPatcher:
         return self
@@ -52,26 +55,44 @@ class BoundPatcher(comfy.model_patcher.ModelPatcher):
     def model_dtype(self) -> None:
         return None
 
+    def model_size(self) -> int:
+        return self.size + self._base_bytes()
+
     def loaded_size(self) -> int:
-        return self.size if self.bound else 0
+        return self.model_size() if self.bound else 0
 
     def current_loaded_device(self) -> torch.device:
         return self.load_device if self.bound else self.offload_device
 
     def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
-        if self.bound or self.bind is None:
-            return 0
-        self.bind()
-        self.bound = True
-        return self.size
+        """`extra_memory` is what ComfyUI can spare beside what the run needs; less than none: copies have to go."""
+        before = self.loaded_size()
+        if self.bound and extra_memory < 0:
+            extra_memory += self.partially_unload(self.offload_device, -extra_memory)
+        elif not self.bound and self.bind is not None:
+            self.bind()
+            self.bound = True
+            extra_memory -= self.loaded_size()
+        self._base_limit = self._base_bytes() + max(0, extra_memory)
+        return self.loaded_size() - before
 
     def partially_unload(self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False) -> int:
-        return 0  # engines need every block: ComfyUI then detaches it whole
+        """Copies of base weights can be read again; engines need every block: ComfyUI then detaches it whole."""
+        resident = self._resident()
+        return resident.free_bases(memory_to_free) if resident is not None else 0
 
     def detach(self, unpatch_all: bool = True) -> Any:
         if unpatch_all:
-            self._release()
+            _release(self._resident)
         return self.model
+
+    def spare_bytes(self) -> float:
+        """What copies of base weights may take beside those there are, for the run that was loaded last."""
+        return self._base_limit - self._base_bytes()
+
+    def _base_bytes(self) -> int:
+        resident = self._resident()
+        return resident.base_bytes if resident is not None else 0
 
 
 class Resident:
@@ -89,12 +110,14 @@ class Resident:
         self.ran: set[Any] = set()
         """Kinds of block and shapes that have run since the last build (`blocks.BlockCall`)."""
         self.stem_uuids: dict[Hashable, uuid.UUID] = {}
-        self.recipe: Fp8Recipe | None = None
+        self.given = recipe_as_given(patcher)
+        """FP8 layers of the checkpoint itself."""
+        self.recipe = self.given
         self._shapes = {name: tuple(weights.raw_base(patcher, key).shape) for name, key in self.names.items()}
         self.replaced_bytes = sum(weights.raw_base(patcher, key).nbytes for key in self.names.values())
         """What ComfyUI's own copy of the blocks would take on the GPU."""
-        this = weakref.ref(self)
-        self.companion = BoundPatcher(patcher, self.size_bytes, lambda: _release(this))
+        self.companion = BoundPatcher(patcher, self.size_bytes, weakref.ref(self))
+        self.own_copy = OwnCopy(self.names, self.device, self.dtype, self.companion.spare_bytes)
 
     @property
     def size_bytes(self) -> int:
@@ -106,7 +129,8 @@ class Resident:
         )
 
     def use(self, recipe: Fp8Recipe | None) -> None:
-        """Weights of another recipe are let go of; the next load binds this one's."""
+        """Weights of another recipe are let go of; the next load binds this one's. None: the weights as they are."""
+        recipe = recipe or self.given
         if recipe == self.recipe:
             return
         if recipe is not None:
@@ -114,6 +138,12 @@ class Resident:
         self.release()
         self.recipe = recipe
         self.companion.size = self.size_bytes
+
+    def fp8_words(self) -> str:
+        """ "504 layers in FP8", "" without any."""
+        if self.recipe is None:
+            return ""
+        return f"{len(self.recipe.linears)} layers in FP8" + (" as in the file" if self.recipe is self.given else "")
 
     def serves(self, patcher: Any) -> bool:
         """Whether the patcher computes where and in what the weights are bound."""
@@ -136,7 +166,7 @@ class Resident:
         if self.module is not None and self.module.config.base_weights is not config.base_weights:
             self.release()
         if self.module is None:
-            self.module = MutableTRTModule(self.arch, config)
+            self.module = MutableTRTModule(self.arch, config, base_source=self.own_copy)
         if self.module.config != config:
             self.ran.clear()
         self.module.progress = progress
@@ -149,8 +179,10 @@ class Resident:
             return
         try:
             with torch.inference_mode(False), torch.no_grad():
-                module.load_blocks(self._read(patcher, module), self.device, self.recipe)
-            self.companion.size = self.size_bytes + module.weights.base_gpu_bytes
+                if self.recipe is not None and self.recipe is self.given:
+                    module.load_given_blocks(self._read(patcher, module), self.device, self.recipe)
+                else:
+                    module.load_blocks(self._read(patcher, module), self.device, self.recipe)
             complete = True
         except torch.OutOfMemoryError as error:
             raise OutOfMemory("The blocks' weights do not fit on the GPU beside what others hold.") from error
@@ -158,17 +190,39 @@ class Resident:
             if not complete:
                 self.release()
 
-    def _read(self, patcher: Any, module: MutableTRTModule) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight, one by one, where its base is going to be: in FP8 none stays in full size on the GPU."""
-        device, recipe, progress = self.device, self.recipe, module.progress
-        if recipe is not None and base_place(module.config.base_weights, self.arch, recipe, device, False) is _HOST:
-            device = torch.device("cpu")
+    def _read(self, patcher: Any, module: MutableTRTModule) -> Iterator[tuple[str, Any]]:
+        """Every weight, one by one: as FP8 where the checkpoint has it in FP8, else in the compute dtype."""
+        device, progress = self._base_device(module), module.progress
+        given = self.given.linears if self.given is not None and self.recipe is self.given else frozenset()
         for done, (name, key) in enumerate(self.names.items()):
             if done % 20 == 0:
                 stop_if_cancelled(progress, "Loading weights")
                 progress.update("Loading weights", done, len(self.names))
-            yield name, weights.read_base(patcher, key, device, self.dtype)
+            if name.removesuffix(".weight") in given:
+                yield name, read_given(patcher, name, self.given, self.device)
+            else:
+                yield name, weights.read_base(patcher, key, device, self.dtype)
         progress.update("Loading weights", len(self.names), len(self.names))
+
+    def _base_device(self, module: MutableTRTModule) -> torch.device:
+        """Where bases are going to be: of a model that is quantized, none goes to the GPU in full size for nothing."""
+        if self.recipe is None or self.recipe is self.given:
+            return self.device
+        place = base_place(module.config.base_weights, self.arch, self.recipe, self.device, False)
+        return torch.device("cpu") if place.where is BaseWeights.HOST else self.device
+
+    @property
+    def base_bytes(self) -> int:
+        """What copies of base weights take on the device."""
+        return self.module.weights.base_gpu_bytes if self.companion.bound and self.module is not None else 0
+
+    def free_bases(self, wanted_bytes: float) -> int:
+        """Lets go of copies of base weights on the device; they are read from ComfyUI's own copy when needed."""
+        if not self.base_bytes or self.module is None:
+            return 0
+        freed = self.module.weights.free_base_gpu(wanted_bytes)
+        comfy.model_management.soft_empty_cache()
+        return freed
 
     def release(self) -> None:
         """Gives everything back: weights, kept bases, engines. The next run binds anew."""
@@ -180,9 +234,7 @@ class Resident:
             module.discard()
             del module
             comfy.model_management.soft_empty_cache()
-            empty_host_cache = getattr(torch.accelerator, "empty_host_cache", None)  # since torch 2.10
-            if self.device.type == "cuda" and empty_host_cache is not None:
-                empty_host_cache()  # the pinned memory of kept base weights: PyTorch gives none back by itself
+            host_slabs.empty_cache()
 
 
 def resident_of(patcher: Any) -> Resident:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.ldm.flux.model
-import comfy.model_patcher
+import comfy.utils
 import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
@@ -59,6 +59,11 @@ def bfl_name(name: str) -> str:
     return f"{name.removesuffix('weight')}scale" if name.endswith("_norm.weight") else name
 
 
+def key_of(name: str) -> str:
+    """The patcher's key of a weight by its BFL name."""
+    return PREFIX + (f"{name.removesuffix('scale')}weight" if name.endswith("_norm.scale") else name)
+
+
 def block_weights(flux: nn.Module) -> dict[str, str]:
     """BFL name -> key in the patcher ("diffusion_model....weight") of every weight in the blocks."""
     return {name: key for name, key in all_weights(flux).items() if name.startswith(BLOCK_LISTS)}
@@ -80,13 +85,14 @@ def raw_base(patcher: Any, key: str) -> Tensor:
     """The weight without LoRAs as ComfyUI holds it: any device, dtype or quantization.
 
     Key by key, because `get_key_patches` fails for scaled fp8. The backup first: what a hook LoRA kept may already hold
-    a merged one.
+    a merged one. Where another node's object is in the model's place, the backups are of that one's weights.
     """
-    if key in patcher.backup:
-        return patcher.backup[key].weight
-    if key in patcher.hook_backup:
-        return patcher.hook_backup[key][0]
-    return comfy.model_patcher.get_key_weight(patcher.model, key)[0]
+    if _replaced(patcher, key) is None:
+        if key in patcher.backup:
+            return patcher.backup[key].weight
+        if key in patcher.hook_backup:
+            return patcher.hook_backup[key][0]
+    return _original(patcher, key)
 
 
 def read_base(patcher: Any, key: str, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -104,7 +110,21 @@ def read_base(patcher: Any, key: str, device: torch.device, dtype: torch.dtype) 
 def stored_dtype(patcher: Any, key: str) -> torch.dtype | None:
     """What the loader was told to keep the weight in, such as fp8: under Dynamic VRAM it is still as in the file."""
     module, _, kind = key.rpartition(".")
-    return getattr(patcher.model.get_submodule(module), f"{kind}_comfy_model_dtype", None)
+    return getattr(_original(patcher, module), f"{kind}_comfy_model_dtype", None)
+
+
+def _original(patcher: Any, path: str) -> Any:
+    """What the model has at `path` by itself, also while another node's object is in its place."""
+    replaced = _replaced(patcher, path)
+    if replaced is None:
+        return comfy.utils.get_attr(patcher.model, path)
+    original, rest = patcher.object_patches_backup[replaced], path[len(replaced) + 1 :]
+    return comfy.utils.get_attr(original, rest) if rest else original
+
+
+def _replaced(patcher: Any, path: str) -> str | None:
+    """The part of `path` at which another node's object is in the model now."""
+    return next((key for key in patcher.object_patches_backup if f"{path}.".startswith(f"{key}.")), None)
 
 
 def _is_flux_1(params: Any) -> bool:

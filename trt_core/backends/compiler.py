@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..background import Stopwatch, run_cancellable
 from ..config import Attention, Backend, Profile
@@ -17,7 +18,7 @@ from ..engine_cache import EngineCache, EngineKey
 from ..errors import BuildFailed, CacheError
 from ..flux.architecture import FluxArchitecture
 from ..flux.attention import attend, attention_function
-from ..flux.catalogue import BlockKind, SegmentName, segment, source_version
+from ..flux.catalogue import SPLIT_SEGMENTS, BlockKind, SegmentName, segment, source_version
 from ..flux.precision import PLAIN, Precision
 from ..host import Progress
 from . import tensorrt_api
@@ -52,6 +53,8 @@ class SegmentCompiler:
     progress: Progress
     precisions: Mapping[BlockKind, Precision] = field(default_factory=dict)
     """Of each kind of block; one that is missing is the model's dtype."""
+    samples: Mapping[BlockKind, tuple[Sequence[Tensor], Sequence[Tensor]]] = field(default_factory=dict)
+    """Weights of one block of each kind, before and after attention, to measure with; else random ones are made."""
     scratch: Scratch = field(init=False)
     error_ratios: dict[tuple[SegmentName, Backend], float] = field(default_factory=dict)
     build_seconds: dict[tuple[SegmentName, Backend], float] = field(default_factory=dict)
@@ -68,8 +71,18 @@ class SegmentCompiler:
         return Request(found, self.dtype, self.device, self.profile, reference, precision)
 
     def precision(self, name: SegmentName) -> Precision:
-        kind = BlockKind.DOUBLE if name.value.startswith(BlockKind.DOUBLE.value) else BlockKind.SINGLE
-        return self.precisions.get(kind, PLAIN)
+        return self.precisions.get(name.kind, PLAIN)
+
+    def inputs(self, name: SegmentName, attention: Attention | None) -> list[Tensor]:
+        """Inputs of the segment at the profile's optimum, for measuring."""
+        opt, sample = self.profile, self.samples.get(name.kind)
+        halves = SPLIT_SEGMENTS[name.kind]
+        weights: Sequence[Tensor] = ()
+        if sample is not None:
+            weights = sample[halves.index(name)] if name in halves else (*sample[0], *sample[1])
+        return self.request(name, attention).segment.random_inputs(
+            opt.batch.opt, opt.img_tokens.opt, opt.txt_tokens.opt, self.dtype, self.device, weights=weights
+        )
 
     def timing_cache(self) -> Path:
         """A file for TensorRT's tactic timings, one per GPU: Torch-TensorRT's default is one for all GPUs."""

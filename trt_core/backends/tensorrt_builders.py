@@ -95,7 +95,9 @@ class Builders:
     def _start(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", _START.format(package=_CORE.name), str(_CORE.parent)]
         # Thread pools for 2 to 6 s of tracing would only take cores from Inductor, which compiles at the same time.
-        environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "2"}
+        # Few arenas: a builder's many threads would each keep freed memory of their own.
+        threads = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "2", "MALLOC_ARENA_MAX": "2"}
+        environment = {**os.environ, **threads}
         return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
+from .bound import FreeBound, OtherWeights
 from .conditioning import Conditioning, Fill, Mask, RandomLatent
 from .control import Control
 from .foreign import Gguf, Memory, OtherModel
@@ -17,6 +18,6 @@ class TestExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
-            Conditioning, Control, Fill, Gguf, Mask, Memory, Nothing, OtherModel, Patch, RandomLatent, ReplaceBlock,
-            ReplaceModule, SaveLatent, Spy, Text,
+            Conditioning, Control, Fill, FreeBound, Gguf, Mask, Memory, Nothing, OtherModel, OtherWeights, Patch,
+            RandomLatent, ReplaceBlock, ReplaceModule, SaveLatent, Spy, Text,
         ]  # fmt: skip
