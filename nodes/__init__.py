@@ -10,6 +10,7 @@ from .compile_transformer import CompileTransformer
 from .engine_cache import EngineCacheNode
 from .fp8_quantize import Fp8Quantize
 from .lora_refit import LoraRefit
+from .save_fp8_model import SaveFp8Model
 
 
 class TRTExtension(ComfyExtension):
@@ -19,4 +20,4 @@ class TRTExtension(ComfyExtension):
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [CompileTransformer, LoraRefit, EngineCacheNode, Fp8Quantize]
+        return [CompileTransformer, LoraRefit, EngineCacheNode, Fp8Quantize, SaveFp8Model]

@@ -79,6 +79,7 @@ class CompiledBlocks:
     def _load(self, executor: Any, resident: Resident, patcher: Any, *args: Any, **kwargs: Any) -> Any:
         resident.configure(self._config, NodeProgress(self._node_id))
         self._foreign = foreign_blocks(patcher)
+        self._text.fp8 = resident.fp8_words()
         with around_blocks(patcher, resident, self._foreign):
             prepared = executor(patcher, *args, **kwargs)
         self._resident = resident
@@ -130,7 +131,8 @@ class CompiledBlocks:
             report = resident.module.report(self._text.eager)
             show(self._node_id, self._text.summary(report, weights.block_names(self._flux), self._foreign))
         elif self._text.eager_model:
-            show(self._node_id, f"Not compiled, ComfyUI runs it: {self._text.eager_model}.")
+            precision = "" if recipe_of(patcher) is None else ", not in FP8"
+            show(self._node_id, f"Not compiled, ComfyUI runs it{precision}: {self._text.eager_model}.")
         self._end()
 
     def _end(self) -> None:

@@ -20,6 +20,7 @@ class RunText:
     def __init__(self) -> None:
         self.eager_model = ""
         self.eager: dict[str, str] = {}
+        self.fp8 = ""
         self.refit: RefitReport | None = None
         self._calls = 0
 
@@ -39,6 +40,7 @@ class RunText:
         compiled = len(blocks) - len(left_out) if self._calls else 0
         backends = sorted({words for name, words in report.segments.items() if not name.startswith("stem")})
         lines = [f"{compiled} of {len(blocks)} blocks compiled" + (f": {'; '.join(backends)}" if backends else "")]
+        lines += [self.fp8] if self.fp8 else []
         lines.append(refit_line(self.refit))
         lines.append(f"builds: {report.builds} ({report.build_seconds:.1f} s for the last)")
         return "\n".join([*lines, *_by_reason(self.eager)])

@@ -36,14 +36,10 @@ def test_the_node_is_there_with_its_options_folded(server: Server) -> None:
     assert all(options.get("tooltip") for _, options in inputs.values())
 
 
-@pytest.mark.parametrize("unet", ["dev", "schnell", "prefixed", "fp8"])
+@pytest.mark.parametrize("unet", ["dev", "schnell", "prefixed"])
 def test_models(server: Server, unet: str) -> None:
     said = assert_equal(server, lambda g, c: g.sample(c(g.unet(f"flux_{unet}.safetensors")), g.text()))
     assert "eager" in said.text
-
-
-def test_a_float8_file_without_scales(server: Server) -> None:
-    assert_equal(server, lambda g, c: g.sample(c(g.unet(weight_dtype="fp8_e4m3fn")), g.text()))
 
 
 def fill(g: FluxGraph, c: Compile) -> Link:

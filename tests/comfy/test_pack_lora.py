@@ -132,15 +132,14 @@ def test_stock_runs_between_ours_are_undisturbed(server: Server) -> None:
 
 
 def test_lora_on_scaled_fp8(server: Server) -> None:
-    """ComfyUI rounds the merged weight to fp8 again, we do not: closer to the exact sum, so not equal."""
+    """Both round the merged weight to FP8 again, each in its own way, and we round what is multiplied with it."""
     latent, said = ours(server, after=[(A, 1.0)], unet="flux_fp8.safetensors")
     reference = stock(server, (A, 1.0), unet="flux_fp8.safetensors")
-    exact = stock(server, (A, 1.0))
     base = stock(server, unet="flux_fp8.safetensors")
     assert relative_error(latent, reference) < 0.3 * relative_error(base, reference)
-    assert relative_error(latent, exact) < 0.3
     assert said.touched == A_LAYERS
-    assert_like(ours(server, unet="flux_fp8.safetensors")[0], base)
+    restored, _ = ours(server, unet="flux_fp8.safetensors")
+    assert relative_error(restored, base) < 0.3 * relative_error(base, reference)
 
 
 def bypass(graph: FluxGraph, model: Link) -> Link:
