@@ -20,7 +20,7 @@ from tests.comfy.server import Server
 pytestmark = pytest.mark.comfy
 
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
-NODES = ["TRT_CompileTransformer", "TRT_LoraRefit", "TRT_EngineCache"]
+NODES = ["TRT_CompileTransformer", "TRT_LoraRefit", "TRT_EngineCache", "TRT_Fp8Quantize", "TRT_SaveFp8Model"]
 FOLDER = "trt-lora-flux"
 HARMLESS = (
     "Failed to load resource: the server responded with a status of 404",  # the user's own files, not there yet
