@@ -137,13 +137,13 @@ class _lora_scale:  # noqa: N801 - used as `with _lora_scale(...)`
             unscale_lora_layers(self._model, self._scale)
 
 
-def _released(name: str) -> Callable[..., Any]:
-    """diffusers' method `name`, run while every parameter shows its base weight on the model's own device."""
+def _after(prepare: Callable[[CompiledState], None], name: str) -> Callable[..., Any]:
+    """diffusers' method `name`, run while every parameter shows its base weight and nothing is applied."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         state: CompiledState | None = getattr(self, _STATE, None)
         if state is not None:
-            state.release()
+            prepare(state)
         return getattr(_original(self), name)(self, *args, **kwargs)
 
     method.__name__ = name
@@ -193,13 +193,14 @@ _METHODS = {
     "forward": _forward,
     "trt_report": _report,
     "_apply": _apply,
+    # These write to the base, or replace it.
     **{
-        name: _released(name)
-        for name in (
-            # fuse and unfuse write to the base; load_lora_adapter and add_adapter make adapters where the base lies,
-            # which may be host memory, and may swap them in place.
-            "fuse_lora", "unfuse_lora", "load_lora_adapter", "add_adapter", "unload_lora", "load_state_dict",
-            "state_dict", "save_pretrained", "fuse_qkv_projections", "unfuse_qkv_projections",
-        )
+        name: _after(CompiledState.release, name)
+        for name in ("fuse_lora", "unfuse_lora", "load_state_dict", "fuse_qkv_projections", "unfuse_qkv_projections")
     },
-}  # fmt: skip
+    # These make adapters where the base lies, which may be host memory, and may swap them in place; or read the base.
+    **{
+        name: _after(CompiledState.restore, name)
+        for name in ("load_lora_adapter", "add_adapter", "unload_lora", "state_dict", "save_pretrained")
+    },
+}

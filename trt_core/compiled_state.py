@@ -81,6 +81,14 @@ class CompiledState:
         self._binding, self._bases = None, None
         self.module.unload()  # a model that moves away must not leave its fused weights behind
 
+    def restore(self) -> None:
+        """Nothing applied, before others change adapters. FP8 weights stay bound: to bind them anew is to quantize the
+        whole model, and parameters show their bases at all times."""
+        if self._recipe is None:
+            self.release()
+        elif self._binding is not None:
+            self._refit({})
+
     def whole_model(self) -> nn.Module:
         """The model ready to run as diffusers runs it: all of it where it computes, also what FP8 keeps elsewhere."""
         if attached_recipe(self._model) is not None:

@@ -38,35 +38,47 @@ _SINGLE = {
 }  # fmt: skip
 
 
-def fused_layers(model: FluxTransformer2DModel) -> dict[str, list[nn.Linear]]:
-    """BFL's name of each linear layer in the blocks -> diffusers' layers whose rows it holds, in their order."""
-    found: dict[str, list[nn.Linear]] = {}
+def fused_modules(model: FluxTransformer2DModel) -> dict[str, list[nn.Module]]:
+    """BFL's name of each linear layer in the blocks -> diffusers' layers whose rows it holds, in their order, or PEFT's
+    layers around them."""
+    found: dict[str, list[nn.Module]] = {}
     for kind, blocks, table in (
         ("double_blocks", model.transformer_blocks, _DOUBLE),
         ("single_blocks", model.single_transformer_blocks, _SINGLE),
     ):
         for index, block in enumerate(blocks):
             for name, parts in table.items():
-                layers = [block.get_submodule(part) for part in parts]
-                found[f"{kind}.{index}.{name}"] = [getattr(layer, "base_layer", layer) for layer in layers]
+                found[f"{kind}.{index}.{name}"] = [block.get_submodule(part) for part in parts]
     return found
 
 
-def largest_inputs(model: FluxTransformer2DModel, calls: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The largest absolute input of every layer over some calls."""
-    amax: dict[str, float] = {}
+def fused_layers(model: FluxTransformer2DModel) -> dict[str, list[nn.Linear]]:
+    """The same without adapters."""
+    return {
+        name: [getattr(layer, "base_layer", layer) for layer in layers] for name, layers in fused_modules(model).items()
+    }
+
+
+def layer_inputs(model: FluxTransformer2DModel, calls: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Everything that went into each layer over some calls, [rows, in]."""
+    seen: dict[str, list[Tensor]] = {}
     handles = []
     for name, layers in fused_layers(model).items():
 
         def note(layer: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            amax[name] = max(amax.get(name, 0.0), float(args[0].abs().max()))
+            seen.setdefault(name, []).append(args[0].detach().flatten(0, -2))
 
         handles.append(layers[0].register_forward_pre_hook(note))
     for call in calls:
         run_diffusers(model, call)
     for handle in handles:
         handle.remove()
-    return amax
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def largest_inputs(model: FluxTransformer2DModel, calls: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The largest absolute input of every layer over some calls."""
+    return {name: float(x.abs().max()) for name, x in layer_inputs(model, calls).items()}
 
 
 def round_fp8(merged: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:

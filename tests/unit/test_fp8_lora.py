@@ -1,0 +1,435 @@
+"""LoRAs on FP8 models through diffusers' and PEFT's own calls: merged into the base, rounded once, undone exactly."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from peft import LoHaConfig, LoKrConfig, PeftConfig
+from torch import Tensor, nn
+
+from tests.unit.diffusers_pair import ATTENTION, lora
+from tests.unit.fp8_simulation import (
+    E4M3,
+    Scheme,
+    compiled_fp8,
+    dequantized,
+    fused_layers,
+    fused_modules,
+    layer_inputs,
+    round_fp8,
+    simulation,
+)
+from tests.unit.tiny_flux import call_inputs, run_diffusers, tiny_transformer
+from trt_core.backends.check import relative_l2
+from trt_core.errors import OutOfMemory
+from trt_core.lora.changes import LowRank
+
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+EQUAL = 2e-4
+BLOCK_LINEARS = [
+    "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out", "ff.net.0.proj",
+    "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "norm1.linear", "norm1_context.linear", "norm.linear",
+    "proj_mlp", "single_transformer_blocks.0.proj_out", "single_transformer_blocks.1.proj_out",
+]  # fmt: skip
+GRANULARITIES = pytest.mark.parametrize("per_row", [True, False], ids=["row", "tensor"])
+
+
+def fp8(cache: Path, per_row: bool = True, **options: Any) -> FluxTransformer2DModel:
+    model = tiny_transformer().to(options.pop("dtype", torch.bfloat16))
+    return compiled_fp8(model, Scheme(per_row), cache, **options)
+
+
+def add(model: FluxTransformer2DModel, name: str, config: PeftConfig, seed: int = 11) -> None:
+    """The same adapter for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(copy.deepcopy(config), adapter_name=name)
+
+
+def output(model: FluxTransformer2DModel) -> Tensor:
+    return run_diffusers(model, call_inputs(model))
+
+
+def bound(model: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model._trt_state.module.weights.tensors.items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n].float(), other[n].float()) for n in one)
+
+
+def changed(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
+    found = {name for name in one if not torch.equal(one[name].float(), other[name].float())}
+    return {name.removesuffix(".weight_scale").removesuffix(".weight") for name in found}
+
+
+def merged(layer: nn.Module, adapters: dict[str, float]) -> Tensor:
+    """fp32: the base plus strength * alpha / r * (B @ A) of one adapter after another, written out."""
+    weight = getattr(layer, "base_layer", layer).weight.detach().float()
+    for name, strength in adapters.items():
+        if name in getattr(layer, "lora_A", {}):
+            delta = layer.lora_B[name].weight.detach().float() @ layer.lora_A[name].weight.detach().float()
+            weight = weight + delta * (strength * layer.lora_alpha[name] / layer.r[name])
+    return weight
+
+
+def is_merged(model: FluxTransformer2DModel, adapters: dict[str, float], per_row: bool) -> bool:
+    """Whether every bound weight is its base plus these adapters, rounded once with a fresh scale, bit for bit."""
+    tensors = bound(model)
+    for name, layers in fused_modules(model).items():
+        q, scale = round_fp8(torch.cat([merged(layer, adapters) for layer in layers]), per_row)
+        seen = tensors[f"{name}.weight"]
+        if seen.dtype is not E4M3 or not torch.equal(seen.float(), q.float()):
+            return False
+        if not torch.equal(tensors[f"{name}.weight_scale"], scale):
+            return False
+    return True
+
+
+# -- merged bit for bit ------------------------------------------------------------------------------------------------
+
+
+@GRANULARITIES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("strength", [1.0, 0.5, -1.0, 0.0, 4.0])
+def test_merged_is_round_fp8_of_base_plus_delta(
+    strength: float, dtype: torch.dtype, per_row: bool, tmp_path: Path
+) -> None:
+    model = fp8(tmp_path, per_row, dtype=dtype)
+    output(model)
+    base = bound(model)
+    add(model, "a", lora(*BLOCK_LINEARS))
+    model.set_adapters("a", strength)
+    output(model)
+    assert is_merged(model, {"a": strength}, per_row)
+    assert changed(bound(model), base) == (set(fused_layers(model)) if strength else set())
+
+
+@GRANULARITIES
+def test_several_adapters_on_the_same_layers(per_row: bool, tmp_path: Path) -> None:
+    model = fp8(tmp_path, per_row)
+    add(model, "a", lora("to_q", "to_k", "proj_mlp"))
+    add(model, "b", lora("to_k", "to_v", rank=8), seed=12)
+    add(model, "c", lora("to_k", "norm.linear"), seed=13)
+    strengths = {"a": 1.0, "b": 0.25, "c": -0.5}
+    model.set_adapters(list(strengths), list(strengths.values()))
+    output(model)
+    assert is_merged(model, strengths, per_row)
+    model.set_adapters(["a", "c"], [0.0, 2.0])
+    output(model)
+    assert is_merged(model, {"a": 0.0, "c": 2.0}, per_row)
+
+
+def test_rows_of_a_fused_weight_that_no_lora_touches_keep_their_bits(tmp_path: Path) -> None:
+    model = fp8(tmp_path)
+    output(model)
+    before = bound(model)["single_blocks.0.linear1.weight"].float()
+    add(model, "a", lora("to_k"))
+    output(model)
+    after = bound(model)["single_blocks.0.linear1.weight"].float()
+    assert is_merged(model, {"a": 1.0}, per_row=True)
+    hidden = 64
+    rows = (before != after).any(1).nonzero().flatten()
+    assert rows.tolist() == list(range(hidden, 2 * hidden))
+
+
+def test_output_is_that_of_the_merged_model_in_fp8(tmp_path: Path) -> None:
+    model = fp8(tmp_path, dtype=torch.float32)
+    add(model, "a", lora(*BLOCK_LINEARS))
+    plain = tiny_transformer()
+    add(plain, "a", lora(*BLOCK_LINEARS))
+    plain.fuse_lora()
+    plain.unload_lora()
+    expected = simulation(plain, Scheme())
+    inputs = call_inputs(plain)
+    assert relative_l2(run_diffusers(model, inputs), run_diffusers(expected, inputs)) <= EQUAL
+    assert relative_l2(run_diffusers(tiny_transformer(), inputs), run_diffusers(expected, inputs)) > 0.01
+
+
+def test_only_what_changes_is_written(tmp_path: Path) -> None:
+    model = fp8(tmp_path)
+    add(model, "a", lora(*ATTENTION))
+    add(model, "b", lora("norm1.linear"), seed=12)
+    model.set_adapters("a")
+    output(model)
+    first = model.trt_report().last_refit
+    assert (first.merged, first.layers) == (4, 4)
+    output(model)
+    assert model.trt_report().last_refit is first
+    model.set_adapters("b")
+    output(model)
+    refit = model.trt_report().last_refit
+    assert (refit.merged, refit.restored) == (2, 4)
+    assert model.trt_report().builds == 1
+
+
+def test_a_new_adapter_does_not_quantize_the_model_again(tmp_path: Path) -> None:
+    """Only what a LoRA touched is restored; the other weights are neither written nor moved."""
+    model: Any = fp8(tmp_path)
+    add(model, "a", lora("to_q"))
+    output(model)
+    tensors = dict(model._trt_state.module.weights.tensors)
+    written = {name: tensor._version for name, tensor in tensors.items()}
+    add(model, "b", lora("proj_mlp"), seed=12)
+    model.state_dict()
+    output(model)
+    now = model._trt_state.module.weights.tensors
+    assert all(now[name] is tensor for name, tensor in tensors.items())
+    rewritten = {name for name, tensor in tensors.items() if tensor._version != written[name]}
+    layers = ("double_blocks.0.img_attn.qkv", "double_blocks.1.img_attn.qkv", "single_blocks.0.linear1",
+              "single_blocks.1.linear1")  # fmt: skip
+    assert rewritten == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "weight_scale")}
+
+
+# -- other kinds of adapters, merged by their own formulas -------------------------------------------------------------
+
+KINDS: dict[str, Callable[[], PeftConfig]] = {
+    "DoRA": lambda: lora(*BLOCK_LINEARS, use_dora=True),
+    "LoHa": lambda: LoHaConfig(r=4, alpha=4, target_modules=BLOCK_LINEARS, init_weights=False),
+    "LoKr": lambda: LoKrConfig(r=4, alpha=4, target_modules=BLOCK_LINEARS, init_weights=False),
+    "rank-stabilised": lambda: lora(*BLOCK_LINEARS, use_rslora=True),
+    "bias": lambda: lora(*BLOCK_LINEARS, lora_bias=True),
+}
+
+
+@GRANULARITIES
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_are_what_peft_merges(kind: str, per_row: bool, tmp_path: Path) -> None:
+    """PEFT merges into fp32 weights; the last bit of its sums may differ from ours, and with it a rounding or two."""
+    model = fp8(tmp_path, per_row, dtype=torch.float32)
+    output(model)
+    base = bound(model)
+    add(model, "a", KINDS[kind]())
+    output(model)
+    tensors = bound(model)
+    theirs = tiny_transformer()
+    add(theirs, "a", KINDS[kind]())
+    for name, layers in fused_modules(theirs).items():
+        for layer in layers:
+            layer.merge()
+        weights, biases = zip(*((layer.base_layer.weight, layer.base_layer.bias) for layer in layers), strict=True)
+        fused = torch.cat([weight.detach() for weight in weights])
+        seen = tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"]
+        assert float((seen - dequantized(fused, per_row)).norm() / fused.norm()) < 2e-3, name
+        assert torch.allclose(tensors[f"{name}.bias"], torch.cat(biases).detach(), rtol=1e-5, atol=1e-5)
+    assert changed(tensors, base) >= set(fused_layers(model))
+    assert model.trt_report().eager_blocks == {}
+    model.unload_lora()
+    output(model)
+    assert same(bound(model), base)
+
+
+# -- switching ---------------------------------------------------------------------------------------------------------
+
+
+@GRANULARITIES
+def test_a_to_b_is_a_fresh_b_and_none_is_the_base(per_row: bool, tmp_path: Path) -> None:
+    model, fresh = fp8(tmp_path, per_row), fp8(tmp_path, per_row)
+    first = output(model)
+    base = bound(model)
+    add(model, "a", lora(*BLOCK_LINEARS))
+    with_a = output(model)
+    for one in (model, fresh):
+        if one is fresh:
+            add(one, "a", lora(*BLOCK_LINEARS))
+        add(one, "b", lora("to_q", "ff.net.2", "norm.linear", rank=8), seed=12)
+    assert torch.equal(output(model), output(fresh))
+    assert same(bound(model), bound(fresh))
+    assert changed(bound(model), base) == {
+        *(f"double_blocks.{i}.img_{n}" for i in range(2) for n in ("attn.qkv", "mlp.2")),
+        *(f"single_blocks.{i}.{n}" for i in range(2) for n in ("linear1", "modulation.lin")),
+    }
+    model.set_adapters("a")
+    assert torch.equal(output(model), with_a)
+    model.disable_adapters()
+    assert torch.equal(output(model), first)
+    assert same(bound(model), base)
+    model.unload_lora()
+    assert torch.equal(output(model), first)
+    assert same(bound(model), base)
+
+
+def test_fifty_random_switches_drift_by_nothing(tmp_path: Path) -> None:
+    model, choices = fp8(tmp_path), random.Random(1)
+    first = output(model)
+    base = bound(model)
+    add(model, "a", lora(*BLOCK_LINEARS))
+    add(model, "b", lora("to_k", "norm.linear", "ff_context.net.2", rank=8), seed=12)
+    for _ in range(50):
+        names = choices.sample(["a", "b"], choices.randint(1, 2))
+        strengths = [choices.choice([-1.0, 0.0, 0.3, 1.0]) for _ in names]
+        model.set_adapters(names, strengths)
+        model._trt_state.prepare()
+    assert is_merged(model, dict(zip(names, strengths, strict=True)), per_row=True)
+    model.disable_adapters()
+    assert torch.equal(output(model), first)
+    assert same(bound(model), base)
+    assert model.trt_report().builds == 1
+
+
+def test_parameters_show_the_base_under_a_lora(tmp_path: Path) -> None:
+    model, plain = fp8(tmp_path), tiny_transformer().bfloat16()
+    add(model, "a", lora(*BLOCK_LINEARS))
+    output(model)
+    expected = dict(plain.named_parameters())
+    shown = {n.replace(".base_layer", ""): p for n, p in model.named_parameters() if "lora_" not in n}
+    assert all(torch.equal(shown[n], p) and shown[n].dtype is torch.bfloat16 for n, p in expected.items())
+    saved = {n.replace(".base_layer", ""): t for n, t in model.state_dict().items() if "lora_" not in n}
+    assert all(torch.equal(saved[n], t) for n, t in plain.state_dict().items())
+
+
+def test_fuse_and_unfuse_are_diffusers_own(tmp_path: Path) -> None:
+    """Fused, an adapter is part of the base, which is then rounded as any other base is."""
+    model = fp8(tmp_path, dtype=torch.float32)
+    add(model, "a", lora())
+    output(model)
+    model.fuse_lora(lora_scale=0.7)
+    fused = output(model)
+    assert model.trt_report().last_refit.merged == 0
+    plain = tiny_transformer()
+    add(plain, "a", lora())
+    plain.fuse_lora(lora_scale=0.7)
+    plain.unload_lora()
+    assert torch.equal(fused, output(compiled_fp8(plain, Scheme(), tmp_path)))
+    model.unfuse_lora()
+    output(model)
+    assert is_merged(model, {"a": 0.7}, per_row=True), "diffusers leaves the scale in its layers"
+
+
+def test_adapters_merged_behind_diffusers_back_are_followed(tmp_path: Path) -> None:
+    """PEFT's `merge` on the layers themselves: what was merged by us must not be there twice."""
+    model = fp8(tmp_path, dtype=torch.float32)
+    add(model, "a", lora("to_q"))
+    output(model)
+    for layers in fused_modules(model).values():
+        for layer in layers:
+            if hasattr(layer, "merge"):
+                layer.merge()
+    output(model)
+    assert is_merged(model, {}, per_row=True), "the bases hold the adapter now"
+
+
+def test_the_scale_argument(tmp_path: Path) -> None:
+    model = fp8(tmp_path)
+    add(model, "a", lora(*BLOCK_LINEARS))
+    inputs = call_inputs(model)
+    for scale in (0.3, -0.5):
+        run_diffusers(model, inputs, joint_attention_kwargs={"scale": scale})
+        assert is_merged(model, {"a": scale}, per_row=True)
+    output(model)
+    assert is_merged(model, {"a": 1.0}, per_row=True)
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+REASONS = [(torch.OutOfMemoryError, OutOfMemory), (KeyboardInterrupt, KeyboardInterrupt), (RuntimeError, RuntimeError)]
+
+
+@pytest.mark.parametrize(("provoked", "raised"), REASONS)
+@pytest.mark.parametrize("under", [None, "a"])
+def test_a_refit_that_fails_in_the_middle_rolls_back(
+    under: str | None, provoked: type[BaseException], raised: type[BaseException], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model = fp8(tmp_path)
+    add(model, "a", lora("to_q", "norm.linear"))
+    add(model, "b", lora(*BLOCK_LINEARS), seed=12)
+    model.set_adapters("a")
+    if under is None:
+        model.disable_adapters()
+    before = output(model)
+    tensors = bound(model)
+    model.enable_adapters()
+    model.set_adapters("b")
+    computed, original = [], LowRank.delta
+
+    def fails_late(self: LowRank, device: torch.device | str) -> Tensor:
+        computed.append(1)
+        if len(computed) == 12:
+            raise provoked("provoked")
+        return original(self, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LowRank, "delta", fails_late)
+        with pytest.raises(raised):
+            output(model)
+    assert same(bound(model), tensors)
+    assert all(torch.equal(p, q) for p, q in zip(_bases(model), _bases(fp8(tmp_path)), strict=True))
+    assert relative_l2(output(model), before) > 1e-3
+    assert is_merged(model, {"b": 1.0}, per_row=True)
+    model.set_adapters("a")
+    if under is None:
+        model.disable_adapters()
+    assert torch.equal(output(model), before)
+
+
+def _bases(model: FluxTransformer2DModel) -> list[Tensor]:
+    return [layer.weight for layers in fused_layers(model).values() for layer in layers]
+
+
+# -- how much of a small LoRA is left ----------------------------------------------------------------------------------
+
+WIDE = {"heads": 4, "head_dim": 64}
+CALLS = [{"height": 8, "width": 8, "text": 16, "seed": seed} for seed in range(3)]
+
+
+def _train(model: FluxTransformer2DModel, size: float, inputs: dict[str, Tensor], seed: int) -> None:
+    """Factors as training leaves them, `down` made of what goes into the layer; delta's rms is `size` of the weight's.
+
+    With a random `down`, a layer 256 wide would hide such a small change in the rounding of its inputs; one 3072 wide
+    would not.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, layers in fused_modules(model).items():
+        for layer in layers:
+            down, up = layer.lora_A["a"].weight.data, layer.lora_B["a"].weight.data
+            down.copy_(torch.randn(down.shape[0], len(inputs[name]), generator=generator) @ inputs[name])
+            up.copy_(torch.randn(up.shape, generator=generator))
+            delta = up @ down * layer.scaling["a"]
+            up.mul_(size * layer.base_layer.weight.square().mean().sqrt() / delta.square().mean().sqrt())
+            # A new tensor, because what is written through `.data` shows in no version counter.
+            layer.lora_B["a"].weight.data = up.clone()
+
+
+def _gain(model: FluxTransformer2DModel, size: float, loras: int) -> float:
+    """<y - y0, r - r0> / ||r - r0||^2 over some calls and LoRAs: y is the FP8 model, r diffusers' own in fp32."""
+    plain = tiny_transformer(**WIDE)
+    calls = [call_inputs(plain, **sizes) for sizes in CALLS]
+    inputs = layer_inputs(plain, calls)
+    before = [(run_diffusers(model, call), run_diffusers(plain, call)) for call in calls]
+    add(model, "a", lora(*BLOCK_LINEARS))
+    add(plain, "a", lora(*BLOCK_LINEARS))
+    product, square = torch.zeros(()), torch.zeros(())
+    for seed in range(loras):
+        _train(model, size, inputs, seed)
+        plain.load_state_dict({n: t for n, t in model.state_dict().items() if "lora_" in n}, strict=False)
+        for call, (y0, r0) in zip(calls, before, strict=True):
+            change = run_diffusers(plain, call) - r0
+            product += ((run_diffusers(model, call) - y0) * change).sum()
+            square += change.square().sum()
+    return float(product / square)
+
+
+@GRANULARITIES
+@pytest.mark.parametrize(("size", "loras"), [(0.005, 12), (0.01, 8), (0.05, 3)])
+def test_the_gain_of_a_small_lora_is_one(size: float, loras: int, per_row: bool, tmp_path: Path) -> None:
+    model = compiled_fp8(tiny_transformer(**WIDE), Scheme(per_row), tmp_path)
+    assert 0.97 <= _gain(model, size, loras) <= 1.03
+
+
+@pytest.mark.parametrize(("size", "most"), [(0.005, 0.45), (0.01, 0.7)])
+def test_merging_into_the_rounded_weight_would_lose_it(size: float, most: float, tmp_path: Path) -> None:
+    """Mutation: bases that are FP8 already, which is what a loader that quantizes first would merge into."""
+    rounded = tiny_transformer(**WIDE)
+    for layers in fused_layers(rounded).values():
+        fused = dequantized(torch.cat([layer.weight.detach() for layer in layers]), True)
+        for layer, rows in zip(layers, fused.split([layer.out_features for layer in layers]), strict=True):
+            layer.weight.data = rows.clone()
+    assert _gain(compiled_fp8(rounded, Scheme(), tmp_path), size, 3) < most
