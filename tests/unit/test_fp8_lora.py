@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from tests.unit.diffusers_pair import ATTENTION, lora
 from tests.unit.fp8_simulation import (
+    BLOCK_LINEARS,
     E4M3,
     Scheme,
     compiled_fp8,
     dequantized,
     fused_layers,
     fused_modules,
-    layer_inputs,
     round_fp8,
     simulation,
 )
@@ -33,11 +33,6 @@ from trt_core.lora.changes import LowRank
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 EQUAL = 2e-4
-BLOCK_LINEARS = [
-    "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out", "ff.net.0.proj",
-    "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "norm1.linear", "norm1_context.linear", "norm.linear",
-    "proj_mlp", "single_transformer_blocks.0.proj_out", "single_transformer_blocks.1.proj_out",
-]  # fmt: skip
 GRANULARITIES = pytest.mark.parametrize("per_row", [True, False], ids=["row", "tensor"])
 
 
@@ -372,64 +367,3 @@ def test_a_refit_that_fails_in_the_middle_rolls_back(
 
 def _bases(model: FluxTransformer2DModel) -> list[Tensor]:
     return [layer.weight for layers in fused_layers(model).values() for layer in layers]
-
-
-# -- how much of a small LoRA is left ----------------------------------------------------------------------------------
-
-WIDE = {"heads": 4, "head_dim": 64}
-CALLS = [{"height": 8, "width": 8, "text": 16, "seed": seed} for seed in range(3)]
-
-
-def _train(model: FluxTransformer2DModel, size: float, inputs: dict[str, Tensor], seed: int) -> None:
-    """Factors as training leaves them, `down` made of what goes into the layer; delta's rms is `size` of the weight's.
-
-    With a random `down`, a layer 256 wide would hide such a small change in the rounding of its inputs; one 3072 wide
-    would not.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, layers in fused_modules(model).items():
-        for layer in layers:
-            down, up = layer.lora_A["a"].weight.data, layer.lora_B["a"].weight.data
-            down.copy_(torch.randn(down.shape[0], len(inputs[name]), generator=generator) @ inputs[name])
-            up.copy_(torch.randn(up.shape, generator=generator))
-            delta = up @ down * layer.scaling["a"]
-            up.mul_(size * layer.base_layer.weight.square().mean().sqrt() / delta.square().mean().sqrt())
-            # A new tensor, because what is written through `.data` shows in no version counter.
-            layer.lora_B["a"].weight.data = up.clone()
-
-
-def _gain(model: FluxTransformer2DModel, size: float, loras: int) -> float:
-    """<y - y0, r - r0> / ||r - r0||^2 over some calls and LoRAs: y is the FP8 model, r diffusers' own in fp32."""
-    plain = tiny_transformer(**WIDE)
-    calls = [call_inputs(plain, **sizes) for sizes in CALLS]
-    inputs = layer_inputs(plain, calls)
-    before = [(run_diffusers(model, call), run_diffusers(plain, call)) for call in calls]
-    add(model, "a", lora(*BLOCK_LINEARS))
-    add(plain, "a", lora(*BLOCK_LINEARS))
-    product, square = torch.zeros(()), torch.zeros(())
-    for seed in range(loras):
-        _train(model, size, inputs, seed)
-        plain.load_state_dict({n: t for n, t in model.state_dict().items() if "lora_" in n}, strict=False)
-        for call, (y0, r0) in zip(calls, before, strict=True):
-            change = run_diffusers(plain, call) - r0
-            product += ((run_diffusers(model, call) - y0) * change).sum()
-            square += change.square().sum()
-    return float(product / square)
-
-
-@GRANULARITIES
-@pytest.mark.parametrize(("size", "loras"), [(0.005, 12), (0.01, 8), (0.05, 3)])
-def test_the_gain_of_a_small_lora_is_one(size: float, loras: int, per_row: bool, tmp_path: Path) -> None:
-    model = compiled_fp8(tiny_transformer(**WIDE), Scheme(per_row), tmp_path)
-    assert 0.97 <= _gain(model, size, loras) <= 1.03
-
-
-@pytest.mark.parametrize(("size", "most"), [(0.005, 0.45), (0.01, 0.7)])
-def test_merging_into_the_rounded_weight_would_lose_it(size: float, most: float, tmp_path: Path) -> None:
-    """Mutation: bases that are FP8 already, which is what a loader that quantizes first would merge into."""
-    rounded = tiny_transformer(**WIDE)
-    for layers in fused_layers(rounded).values():
-        fused = dequantized(torch.cat([layer.weight.detach() for layer in layers]), True)
-        for layer, rows in zip(layers, fused.split([layer.out_features for layer in layers]), strict=True):
-            layer.weight.data = rows.clone()
-    assert _gain(compiled_fp8(rounded, Scheme(), tmp_path), size, 3) < most
