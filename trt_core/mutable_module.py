@@ -126,8 +126,8 @@ class MutableTRTModule:
             self._bind(BoundWeights(given, self.config.base_weights, self._slabs, self._base_source))
             return
         place = base_place(self.config.base_weights, self.arch, fp8, device, given_there=False)
-        bound = Fp8Weights(weights, fp8, place, device)
-        self._check({name: bound.base(name) for name in bound.base_names}, blocks_alone=True)
+        bound = Fp8Weights(weights, fp8, place, device, source=self._base_source)
+        self._check(bound.outlines(), blocks_alone=True)
         self._bind(bound, fp8)
 
     def load_given_blocks(
@@ -214,17 +214,17 @@ class MutableTRTModule:
         blocks = self.blocks_for(img.shape[0], img.shape[1], txt.shape[1], masked=extras.mask is not None)
         weights, dtype = self.weights.tensors, self.weights.dtype
         vec = stem.conditioning(weights, self.arch, timesteps, guidance, y)
-        mods = stem.modulations(weights, self.arch, vec)
+        modulation = stem.Modulations(weights, self.arch, vec)
         pe = Pe(*rope_cos_sin(torch.cat((txt_ids, img_ids)), self.arch.axes_dim, self.arch.theta), txt.shape[1])
         img = stem.linear(weights, "img_in", img.to(dtype))
         txt = stem.linear(weights, "txt_in", txt.to(dtype))
-        img, txt = self._double_blocks(blocks.double, img, txt, vec, mods, pe, extras)
-        x = self._single_blocks(blocks.single, torch.cat((txt, img), dim=1), vec, mods, pe, extras)
+        img, txt = self._double_blocks(blocks.double, img, txt, vec, modulation, pe, extras)
+        x = self._single_blocks(blocks.single, torch.cat((txt, img), dim=1), vec, modulation, pe, extras)
         return stem.final_layer(weights, x[:, txt.shape[1] :], vec, self._scale_first)
 
     def _double_blocks(
-        self, blocks: Sequence[DoubleBlock], img: Tensor, txt: Tensor, vec: Tensor, mods: Mapping[str, Tensor], pe: Pe,
-        extras: Extras,
+        self, blocks: Sequence[DoubleBlock], img: Tensor, txt: Tensor, vec: Tensor, modulation: stem.Modulations,
+        pe: Pe, extras: Extras,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         for index, weights in enumerate(self._double_weights):
             override = extras.double_overrides.get(index)
@@ -232,7 +232,7 @@ class MutableTRTModule:
                 img, txt = override(img, txt, vec, pe)
             else:
                 name = f"double_blocks.{index}"
-                img_mod, txt_mod = mods[f"{name}.img_mod"], mods[f"{name}.txt_mod"]
+                img_mod, txt_mod = modulation(f"{name}.img_mod"), modulation(f"{name}.txt_mod")
                 img, txt = blocks[index](img, txt, img_mod, txt_mod, pe, weights, extras.mask)
             residual = _at(extras.double_residuals, index)
             if residual is not None:
@@ -240,7 +240,7 @@ class MutableTRTModule:
         return img, txt
 
     def _single_blocks(
-        self, blocks: Sequence[SingleBlock], x: Tensor, vec: Tensor, mods: Mapping[str, Tensor], pe: Pe,
+        self, blocks: Sequence[SingleBlock], x: Tensor, vec: Tensor, modulation: stem.Modulations, pe: Pe,
         extras: Extras,
     ) -> Tensor:  # fmt: skip
         for index, weights in enumerate(self._single_weights):
@@ -248,7 +248,7 @@ class MutableTRTModule:
             if override is not None:
                 x = override(x, vec, pe, pe.txt_tokens)
             else:
-                x = blocks[index](x, mods[f"single_blocks.{index}.modulation"], pe, weights, extras.mask)
+                x = blocks[index](x, modulation(f"single_blocks.{index}.modulation"), pe, weights, extras.mask)
             residual = _at(extras.single_residuals, index)
             if residual is not None:
                 x[:, pe.txt_tokens :].add_(residual.to(x.dtype))

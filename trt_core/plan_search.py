@@ -257,6 +257,7 @@ class PlanSearch:
             plan = builders.result(ticket)
             if plan is not None:
                 self.compiled[name, Backend.TENSORRT] = self.compiler.from_plan(name, plan)
+                self._free_cached()
         except BuildFailed as error:
             self._failed(name, Backend.TENSORRT, error)
 

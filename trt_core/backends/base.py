@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,3 +38,5 @@ class Request:
     reference: Callable[..., tuple[Tensor, ...]]
     """The same function with PyTorch's general attention, which also runs in fp32."""
     precision: Precision = PLAIN
+    weights: Sequence[Tensor] = ()
+    """Bound weights to check and measure with; without them random ones are made, which takes memory."""

@@ -29,7 +29,8 @@ def error_ratio(compiled: CompiledSegment, request: Request) -> float:
     profile, segment = request.profile, request.segment
     img = min(max(_CHECK_IMG_TOKENS, profile.img_tokens.min), profile.img_tokens.max)
     txt = min(max(_CHECK_TXT_TOKENS, profile.txt_tokens.min), profile.txt_tokens.max)
-    inputs = segment.random_inputs(profile.batch.opt, img, txt, request.dtype, request.device)
+    sizes = (profile.batch.opt, img, txt)
+    inputs = segment.random_inputs(*sizes, request.dtype, request.device, weights=request.weights)
     function = request.reference
     with torch.no_grad():
         eager = function(*inputs)

@@ -68,21 +68,23 @@ class SegmentCompiler:
         precision = self.precision(name)
         reference = segment(name, self.arch, attend, precision).function
         found = segment(name, self.arch, function, precision)
-        return Request(found, self.dtype, self.device, self.profile, reference, precision)
+        return Request(found, self.dtype, self.device, self.profile, reference, precision, self._sample(name))
 
     def precision(self, name: SegmentName) -> Precision:
         return self.precisions.get(name.kind, PLAIN)
 
     def inputs(self, name: SegmentName, attention: Attention | None) -> list[Tensor]:
         """Inputs of the segment at the profile's optimum, for measuring."""
-        opt, sample = self.profile, self.samples.get(name.kind)
-        halves = SPLIT_SEGMENTS[name.kind]
-        weights: Sequence[Tensor] = ()
-        if sample is not None:
-            weights = sample[halves.index(name)] if name in halves else (*sample[0], *sample[1])
-        return self.request(name, attention).segment.random_inputs(
-            opt.batch.opt, opt.img_tokens.opt, opt.txt_tokens.opt, self.dtype, self.device, weights=weights
+        opt, request = self.profile, self.request(name, attention)
+        return request.segment.random_inputs(
+            opt.batch.opt, opt.img_tokens.opt, opt.txt_tokens.opt, self.dtype, self.device, weights=request.weights
         )
+
+    def _sample(self, name: SegmentName) -> Sequence[Tensor]:
+        sample, halves = self.samples.get(name.kind), SPLIT_SEGMENTS[name.kind]
+        if sample is None:
+            return ()
+        return sample[halves.index(name)] if name in halves else (*sample[0], *sample[1])
 
     def timing_cache(self) -> Path:
         """A file for TensorRT's tactic timings, one per GPU: Torch-TensorRT's default is one for all GPUs."""
