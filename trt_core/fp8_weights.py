@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base_storage import GPU_RESERVE_BYTES
+from .base_storage import GPU_RESERVE_BYTES, BaseSource
 from .config import BaseWeights
 from .flux import fp8
 from .flux.architecture import FluxArchitecture
@@ -41,12 +41,16 @@ class Fp8Weights(BoundWeights):
 
     def __init__(
         self, weights: Iterable[tuple[str, Tensor]], recipe: Fp8Recipe, place: BasePlace, device: torch.device,
-        placed: Placed | None = None,
+        placed: Placed | None = None, source: BaseSource | None = None,
     ) -> None:  # fmt: skip
         """`weights` one by one, on any device, all are bound on `device`; a tensor that is where `place` wants the
-        bases, on the GPU or in pinned host memory, stays the base itself. `placed` is told each base at once."""
+        bases, on the GPU or in pinned host memory, stays the base itself. `placed` is told each base at once.
+
+        With a `source` no bases are kept where host memory is not spare: they are read from there at each refit."""
         self._recipe, self._per_row = recipe, recipe.config.granularity is Granularity.ROW
-        self._originals: dict[str, Tensor] = {}
+        self._originals: dict[str, Tensor | None] = {}
+        """None: read from the source."""
+        self._source, kept = source, source is None or not _is_better(source, place, device)
         # Their own: bases of an earlier binding may still be in use, as the parameters of a diffusers model.
         self._slabs, self._to_place_bytes = HostSlabs(), place.bytes
         tensors: dict[str, Tensor] = {}
@@ -54,7 +58,8 @@ class Fp8Weights(BoundWeights):
             if self._is_fp8(name):
                 self._dtype = tensor.dtype
                 tensors |= self._new(name, tensor, device)
-                self._originals[name] = base = self._placed(tensor, place.where, device)
+                base = self._placed(tensor, place.where, device) if kept else tensor
+                self._originals[name] = base if kept else None
                 self._quantize(name, tensor.to(device), tensors)
             else:
                 tensors[name] = base = tensor.to(device)
@@ -67,7 +72,7 @@ class Fp8Weights(BoundWeights):
         return self._dtype
 
     def base(self, name: str) -> Tensor:
-        return self._originals[name] if name in self._originals else super().base(name)
+        return self._original(name) if name in self._originals else super().base(name)
 
     def readable(self, name: str) -> Tensor | None:
         if name not in self._originals:
@@ -79,13 +84,34 @@ class Fp8Weights(BoundWeights):
         """BFL names of the weights as they were given, without the scales."""
         return [name for name in self.tensors if not name.endswith((f".{SCALE}", f".{INPUT_SCALE}"))]
 
+    def outlines(self) -> dict[str, Tensor]:
+        """What stands for the weights where only shape and dtype count: no base is read for it."""
+        return {
+            name: self._outline(name) if name in self._originals else self.tensors[name] for name in self.base_names
+        }
+
+    def _outline(self, name: str) -> Tensor:
+        base = self._originals[name]
+        return torch.empty(self.tensors[name].shape, dtype=self._dtype, device="meta") if base is None else base
+
+    def free_base_gpu(self, wanted_bytes: float) -> int:
+        freed = super().free_base_gpu(wanted_bytes)
+        for name, base in self._originals.items() if self._source is not None else ():
+            if freed >= wanted_bytes:
+                break
+            if base is not None and base.is_cuda:
+                freed += base.nbytes
+                self._originals[name] = None
+        return freed
+
     @property
     def base_gpu_bytes(self) -> int:
-        return super().base_gpu_bytes + sum(t.nbytes for t in self._originals.values() if t.is_cuda)
+        return super().base_gpu_bytes + sum(t.nbytes for t in self._originals.values() if t is not None and t.is_cuda)
 
     @property
     def base_host_bytes(self) -> int:
-        return super().base_host_bytes + sum(t.nbytes for t in self._originals.values() if not t.is_cuda)
+        in_host = (t for t in self._originals.values() if t is not None and not t.is_cuda)
+        return super().base_host_bytes + sum(t.nbytes for t in in_host)
 
     @torch.no_grad()
     def quantize_again(self, names: Iterable[str]) -> None:
@@ -121,13 +147,24 @@ class Fp8Weights(BoundWeights):
         super()._keep([name for name in names if name not in self._originals])
 
     def _kept(self, name: str) -> Tensor:
-        return self._originals[name] if name in self._originals else super()._kept(name)
+        return self._original(name) if name in self._originals else super()._kept(name)
+
+    def _original(self, name: str) -> Tensor:
+        base = self._originals[name]
+        if base is not None:
+            return base
+        if self._source is None:
+            raise KeyError(name)
+        try:
+            return self._source.read(name, self.device)
+        except torch.OutOfMemoryError:
+            return self._source.read(name, torch.device("cpu"))  # a refit that ran out of memory is rolled back
 
     def _write(self, name: str, patches: Sequence[tuple[Patch, float]]) -> None:
         if name not in self._originals:
             super()._write(name, patches)
             return
-        base = self._originals[name].to(self.device, non_blocking=True)
+        base = self._original(name).to(self.device, non_blocking=True)
         if not disjoint(patches):
             self._quantize(name, merged(base, patches))
         elif self._per_row:
@@ -172,6 +209,12 @@ def base_place(
         free_bytes, _ = torch.cuda.mem_get_info(device)
         where = BaseWeights.GPU if free_bytes >= needed_bytes + GPU_RESERVE_BYTES else BaseWeights.HOST
     return BasePlace(where, 2 * elements)
+
+
+def _is_better(source: BaseSource, place: BasePlace, device: torch.device) -> bool:
+    """Whether bases are read from the source: they would be in host memory, which has no room for them or is no
+    faster."""
+    return device.type != "cuda" or (place.where is BaseWeights.HOST and source.spare_host_bytes() < place.bytes)
 
 
 def _scale(name: str) -> str:
