@@ -12,6 +12,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
+from ...trt_core.errors import UnsupportedGPU
 from ...trt_core.flux.precision import FP8
 from ...trt_core.fp8_recipe import Fp8Recipe, Granularity, block_linears, is_modulation
 from ...trt_core.given_fp8 import GivenFp8, given_recipe
@@ -24,7 +25,7 @@ _E4M3_LAYOUTS = ("TensorCoreFP8E4M3Layout", "TensorCoreFP8Layout")
 def recipe_as_given(patcher: Any) -> Fp8Recipe | None:
     """The recipe that the model's own FP8 layers make, None where it has none or this device multiplies no FP8."""
     flux = weights.flux_of(patcher)
-    if not _multiplies_fp8(patcher.load_device):
+    if _why_not(patcher.load_device):
         return None
     found = {name: _scale(patcher, flux, name) for name in block_linears(weights.architecture(flux))}
     given = {name: scale for name, scale in found.items() if scale is not None}
@@ -70,5 +71,17 @@ def _input_scale(module: nn.Module) -> float | None:
     return None if scale is None or scale.numel() != 1 else float(scale)
 
 
-def _multiplies_fp8(device: torch.device) -> bool:
-    return device.type == "cpu" or (device.type == "cuda" and not why_not_fp8(current_gpu()))
+def require_fp8_products(device: torch.device) -> None:
+    """Raises `UnsupportedGPU` where compiled blocks cannot multiply FP8; the CPU does in fp32, for tests."""
+    if reason := _why_not(device):
+        raise UnsupportedGPU(
+            f"FP8 cannot run here: {reason}.", expected="GPUs from RTX 40 on (sm 8.9) multiply FP8.",
+            fix="Take FP8 Quantize out to run in bf16. Or take this node out: ComfyUI then keeps the weights in FP8 "
+            "and multiplies in bf16, which saves memory.",
+        )  # fmt: skip
+
+
+def _why_not(device: torch.device) -> str:
+    if device.type == "cpu":
+        return ""
+    return (why_not_fp8(current_gpu()) or "") if device.type == "cuda" else f"{device.type} is not supported"

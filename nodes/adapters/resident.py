@@ -19,7 +19,6 @@ import torch
 from ...trt_core import host_slabs
 from ...trt_core.config import BaseWeights, CompileConfig
 from ...trt_core.errors import OutOfMemory
-from ...trt_core.fp8_model import require_fp8
 from ...trt_core.fp8_recipe import Fp8Recipe
 from ...trt_core.fp8_weights import base_place
 from ...trt_core.host import Progress, stop_if_cancelled
@@ -27,7 +26,7 @@ from ...trt_core.mutable_module import MutableTRTModule
 from . import weights
 from .lora_files import SHELF
 from .own_copy import OwnCopy
-from .quantize_given import read_given, recipe_as_given
+from .quantize_given import read_given, recipe_as_given, require_fp8_products
 
 _residents: weakref.WeakKeyDictionary[Any, Resident] = weakref.WeakKeyDictionary()
 
@@ -134,7 +133,7 @@ class Resident:
         if recipe == self.recipe:
             return
         if recipe is not None:
-            require_fp8(self.device)
+            require_fp8_products(self.device)
         self.release()
         self.recipe = recipe
         self.companion.size = self.size_bytes

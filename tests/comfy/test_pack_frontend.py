@@ -85,7 +85,7 @@ def _assert_accepted(server: Server, node_type: str, inputs: dict) -> None:
 
 
 def test_every_workflow_is_a_template_with_a_preview(server: Server) -> None:
-    assert len(WORKFLOWS) == 4
+    assert len(WORKFLOWS) == 5
     listed = server.get("/api/workflow_templates")[FOLDER]
     assert sorted(listed) == [path.stem for path in WORKFLOWS]
     for path in WORKFLOWS:
