@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,82 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from peft import LoHaConfig, LoKrConfig, PeftConfig
-from torch import Tensor, nn
 
 from tests.unit.diffusers_pair import ATTENTION, lora
+from tests.unit.fp8_bound import GRANULARITIES, add, bound_tensors, changed, fp8_model, is_merged, output, same
 from tests.unit.fp8_simulation import (
     BLOCK_LINEARS,
-    E4M3,
     Scheme,
     compiled_fp8,
     dequantized,
     fused_layers,
     fused_modules,
-    round_fp8,
     simulation,
 )
 from tests.unit.tiny_flux import call_inputs, run_diffusers, tiny_transformer
 from trt_core.backends.check import relative_l2
-from trt_core.errors import OutOfMemory
-from trt_core.lora.changes import LowRank
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 EQUAL = 2e-4
-GRANULARITIES = pytest.mark.parametrize("per_row", [True, False], ids=["row", "tensor"])
-
-
-def fp8(cache: Path, per_row: bool = True, **options: Any) -> FluxTransformer2DModel:
-    model = tiny_transformer().to(options.pop("dtype", torch.bfloat16))
-    return compiled_fp8(model, Scheme(per_row), cache, **options)
-
-
-def add(model: FluxTransformer2DModel, name: str, config: PeftConfig, seed: int = 11) -> None:
-    """The same adapter for the same seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model.add_adapter(copy.deepcopy(config), adapter_name=name)
-
-
-def output(model: FluxTransformer2DModel) -> Tensor:
-    return run_diffusers(model, call_inputs(model))
-
-
-def bound(model: Any) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model._trt_state.module.weights.tensors.items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n].float(), other[n].float()) for n in one)
-
-
-def changed(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
-    found = {name for name in one if not torch.equal(one[name].float(), other[name].float())}
-    return {name.removesuffix(".weight_scale").removesuffix(".weight") for name in found}
-
-
-def merged(layer: nn.Module, adapters: dict[str, float]) -> Tensor:
-    """fp32: the base plus strength * alpha / r * (B @ A) of one adapter after another, written out."""
-    weight = getattr(layer, "base_layer", layer).weight.detach().float()
-    for name, strength in adapters.items():
-        if name in getattr(layer, "lora_A", {}):
-            delta = layer.lora_B[name].weight.detach().float() @ layer.lora_A[name].weight.detach().float()
-            weight = weight + delta * (strength * layer.lora_alpha[name] / layer.r[name])
-    return weight
-
-
-def is_merged(model: FluxTransformer2DModel, adapters: dict[str, float], per_row: bool) -> bool:
-    """Whether every bound weight is its base plus these adapters, rounded once with a fresh scale, bit for bit."""
-    tensors = bound(model)
-    for name, layers in fused_modules(model).items():
-        q, scale = round_fp8(torch.cat([merged(layer, adapters) for layer in layers]), per_row)
-        seen = tensors[f"{name}.weight"]
-        if seen.dtype is not E4M3 or not torch.equal(seen.float(), q.float()):
-            return False
-        if not torch.equal(tensors[f"{name}.weight_scale"], scale):
-            return False
-    return True
 
 
 # -- merged bit for bit ------------------------------------------------------------------------------------------------
@@ -97,19 +38,19 @@ def is_merged(model: FluxTransformer2DModel, adapters: dict[str, float], per_row
 def test_merged_is_round_fp8_of_base_plus_delta(
     strength: float, dtype: torch.dtype, per_row: bool, tmp_path: Path
 ) -> None:
-    model = fp8(tmp_path, per_row, dtype=dtype)
+    model = fp8_model(tmp_path, per_row, dtype=dtype)
     output(model)
-    base = bound(model)
+    base = bound_tensors(model)
     add(model, "a", lora(*BLOCK_LINEARS))
     model.set_adapters("a", strength)
     output(model)
     assert is_merged(model, {"a": strength}, per_row)
-    assert changed(bound(model), base) == (set(fused_layers(model)) if strength else set())
+    assert changed(bound_tensors(model), base) == (set(fused_layers(model)) if strength else set())
 
 
 @GRANULARITIES
 def test_several_adapters_on_the_same_layers(per_row: bool, tmp_path: Path) -> None:
-    model = fp8(tmp_path, per_row)
+    model = fp8_model(tmp_path, per_row)
     add(model, "a", lora("to_q", "to_k", "proj_mlp"))
     add(model, "b", lora("to_k", "to_v", rank=8), seed=12)
     add(model, "c", lora("to_k", "norm.linear"), seed=13)
@@ -123,12 +64,12 @@ def test_several_adapters_on_the_same_layers(per_row: bool, tmp_path: Path) -> N
 
 
 def test_rows_of_a_fused_weight_that_no_lora_touches_keep_their_bits(tmp_path: Path) -> None:
-    model = fp8(tmp_path)
+    model = fp8_model(tmp_path)
     output(model)
-    before = bound(model)["single_blocks.0.linear1.weight"].float()
+    before = bound_tensors(model)["single_blocks.0.linear1.weight"].float()
     add(model, "a", lora("to_k"))
     output(model)
-    after = bound(model)["single_blocks.0.linear1.weight"].float()
+    after = bound_tensors(model)["single_blocks.0.linear1.weight"].float()
     assert is_merged(model, {"a": 1.0}, per_row=True)
     hidden = 64
     rows = (before != after).any(1).nonzero().flatten()
@@ -136,7 +77,7 @@ def test_rows_of_a_fused_weight_that_no_lora_touches_keep_their_bits(tmp_path: P
 
 
 def test_output_is_that_of_the_merged_model_in_fp8(tmp_path: Path) -> None:
-    model = fp8(tmp_path, dtype=torch.float32)
+    model = fp8_model(tmp_path, dtype=torch.float32)
     add(model, "a", lora(*BLOCK_LINEARS))
     plain = tiny_transformer()
     add(plain, "a", lora(*BLOCK_LINEARS))
@@ -149,7 +90,7 @@ def test_output_is_that_of_the_merged_model_in_fp8(tmp_path: Path) -> None:
 
 
 def test_only_what_changes_is_written(tmp_path: Path) -> None:
-    model = fp8(tmp_path)
+    model = fp8_model(tmp_path)
     add(model, "a", lora(*ATTENTION))
     add(model, "b", lora("norm1.linear"), seed=12)
     model.set_adapters("a")
@@ -167,7 +108,7 @@ def test_only_what_changes_is_written(tmp_path: Path) -> None:
 
 def test_a_new_adapter_does_not_quantize_the_model_again(tmp_path: Path) -> None:
     """Only what a LoRA touched is restored; the other weights are neither written nor moved."""
-    model: Any = fp8(tmp_path)
+    model: Any = fp8_model(tmp_path)
     add(model, "a", lora("to_q"))
     output(model)
     tensors = dict(model._trt_state.module.weights.tensors)
@@ -198,12 +139,12 @@ KINDS: dict[str, Callable[[], PeftConfig]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_kinds_are_what_peft_merges(kind: str, per_row: bool, tmp_path: Path) -> None:
     """PEFT merges into fp32 weights; the last bit of its sums may differ from ours, and with it a rounding or two."""
-    model = fp8(tmp_path, per_row, dtype=torch.float32)
+    model = fp8_model(tmp_path, per_row, dtype=torch.float32)
     output(model)
-    base = bound(model)
+    base = bound_tensors(model)
     add(model, "a", KINDS[kind]())
     output(model)
-    tensors = bound(model)
+    tensors = bound_tensors(model)
     theirs = tiny_transformer()
     add(theirs, "a", KINDS[kind]())
     for name, layers in fused_modules(theirs).items():
@@ -218,7 +159,7 @@ def test_other_kinds_are_what_peft_merges(kind: str, per_row: bool, tmp_path: Pa
     assert model.trt_report().eager_blocks == {}
     model.unload_lora()
     output(model)
-    assert same(bound(model), base)
+    assert same(bound_tensors(model), base)
 
 
 # -- switching ---------------------------------------------------------------------------------------------------------
@@ -226,9 +167,9 @@ def test_other_kinds_are_what_peft_merges(kind: str, per_row: bool, tmp_path: Pa
 
 @GRANULARITIES
 def test_a_to_b_is_a_fresh_b_and_none_is_the_base(per_row: bool, tmp_path: Path) -> None:
-    model, fresh = fp8(tmp_path, per_row), fp8(tmp_path, per_row)
+    model, fresh = fp8_model(tmp_path, per_row), fp8_model(tmp_path, per_row)
     first = output(model)
-    base = bound(model)
+    base = bound_tensors(model)
     add(model, "a", lora(*BLOCK_LINEARS))
     with_a = output(model)
     for one in (model, fresh):
@@ -236,8 +177,8 @@ def test_a_to_b_is_a_fresh_b_and_none_is_the_base(per_row: bool, tmp_path: Path)
             add(one, "a", lora(*BLOCK_LINEARS))
         add(one, "b", lora("to_q", "ff.net.2", "norm.linear", rank=8), seed=12)
     assert torch.equal(output(model), output(fresh))
-    assert same(bound(model), bound(fresh))
-    assert changed(bound(model), base) == {
+    assert same(bound_tensors(model), bound_tensors(fresh))
+    assert changed(bound_tensors(model), base) == {
         *(f"double_blocks.{i}.img_{n}" for i in range(2) for n in ("attn.qkv", "mlp.2")),
         *(f"single_blocks.{i}.{n}" for i in range(2) for n in ("linear1", "modulation.lin")),
     }
@@ -245,16 +186,16 @@ def test_a_to_b_is_a_fresh_b_and_none_is_the_base(per_row: bool, tmp_path: Path)
     assert torch.equal(output(model), with_a)
     model.disable_adapters()
     assert torch.equal(output(model), first)
-    assert same(bound(model), base)
+    assert same(bound_tensors(model), base)
     model.unload_lora()
     assert torch.equal(output(model), first)
-    assert same(bound(model), base)
+    assert same(bound_tensors(model), base)
 
 
 def test_fifty_random_switches_drift_by_nothing(tmp_path: Path) -> None:
-    model, choices = fp8(tmp_path), random.Random(1)
+    model, choices = fp8_model(tmp_path), random.Random(1)
     first = output(model)
-    base = bound(model)
+    base = bound_tensors(model)
     add(model, "a", lora(*BLOCK_LINEARS))
     add(model, "b", lora("to_k", "norm.linear", "ff_context.net.2", rank=8), seed=12)
     for _ in range(50):
@@ -265,12 +206,12 @@ def test_fifty_random_switches_drift_by_nothing(tmp_path: Path) -> None:
     assert is_merged(model, dict(zip(names, strengths, strict=True)), per_row=True)
     model.disable_adapters()
     assert torch.equal(output(model), first)
-    assert same(bound(model), base)
+    assert same(bound_tensors(model), base)
     assert model.trt_report().builds == 1
 
 
 def test_parameters_show_the_base_under_a_lora(tmp_path: Path) -> None:
-    model, plain = fp8(tmp_path), tiny_transformer().bfloat16()
+    model, plain = fp8_model(tmp_path), tiny_transformer().bfloat16()
     add(model, "a", lora(*BLOCK_LINEARS))
     output(model)
     expected = dict(plain.named_parameters())
@@ -282,7 +223,7 @@ def test_parameters_show_the_base_under_a_lora(tmp_path: Path) -> None:
 
 def test_fuse_and_unfuse_are_diffusers_own(tmp_path: Path) -> None:
     """Fused, an adapter is part of the base, which is then rounded as any other base is."""
-    model = fp8(tmp_path, dtype=torch.float32)
+    model = fp8_model(tmp_path, dtype=torch.float32)
     add(model, "a", lora())
     output(model)
     model.fuse_lora(lora_scale=0.7)
@@ -300,7 +241,7 @@ def test_fuse_and_unfuse_are_diffusers_own(tmp_path: Path) -> None:
 
 def test_adapters_merged_behind_diffusers_back_are_followed(tmp_path: Path) -> None:
     """PEFT's `merge` on the layers themselves: what was merged by us must not be there twice."""
-    model = fp8(tmp_path, dtype=torch.float32)
+    model = fp8_model(tmp_path, dtype=torch.float32)
     add(model, "a", lora("to_q"))
     output(model)
     for layers in fused_modules(model).values():
@@ -312,7 +253,7 @@ def test_adapters_merged_behind_diffusers_back_are_followed(tmp_path: Path) -> N
 
 
 def test_the_scale_argument(tmp_path: Path) -> None:
-    model = fp8(tmp_path)
+    model = fp8_model(tmp_path)
     add(model, "a", lora(*BLOCK_LINEARS))
     inputs = call_inputs(model)
     for scale in (0.3, -0.5):
@@ -320,50 +261,3 @@ def test_the_scale_argument(tmp_path: Path) -> None:
         assert is_merged(model, {"a": scale}, per_row=True)
     output(model)
     assert is_merged(model, {"a": 1.0}, per_row=True)
-
-
-# -- failures ----------------------------------------------------------------------------------------------------------
-
-REASONS = [(torch.OutOfMemoryError, OutOfMemory), (KeyboardInterrupt, KeyboardInterrupt), (RuntimeError, RuntimeError)]
-
-
-@pytest.mark.parametrize(("provoked", "raised"), REASONS)
-@pytest.mark.parametrize("under", [None, "a"])
-def test_a_refit_that_fails_in_the_middle_rolls_back(
-    under: str | None, provoked: type[BaseException], raised: type[BaseException], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    model = fp8(tmp_path)
-    add(model, "a", lora("to_q", "norm.linear"))
-    add(model, "b", lora(*BLOCK_LINEARS), seed=12)
-    model.set_adapters("a")
-    if under is None:
-        model.disable_adapters()
-    before = output(model)
-    tensors = bound(model)
-    model.enable_adapters()
-    model.set_adapters("b")
-    computed, original = [], LowRank.delta
-
-    def fails_late(self: LowRank, device: torch.device | str) -> Tensor:
-        computed.append(1)
-        if len(computed) == 12:
-            raise provoked("provoked")
-        return original(self, device)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LowRank, "delta", fails_late)
-        with pytest.raises(raised):
-            output(model)
-    assert same(bound(model), tensors)
-    assert all(torch.equal(p, q) for p, q in zip(_bases(model), _bases(fp8(tmp_path)), strict=True))
-    assert relative_l2(output(model), before) > 1e-3
-    assert is_merged(model, {"b": 1.0}, per_row=True)
-    model.set_adapters("a")
-    if under is None:
-        model.disable_adapters()
-    assert torch.equal(output(model), before)
-
-
-def _bases(model: FluxTransformer2DModel) -> list[Tensor]:
-    return [layer.weight for layers in fused_layers(model).values() for layer in layers]

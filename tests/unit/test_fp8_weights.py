@@ -3,63 +3,43 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.unit.bound_weights import (
-    DOUBLE_NAMES,
-    SINGLE_NAMES,
     Lora,
     base_weights,
     copied,
     differing,
     low_rank,
     one,
-    random_lora,
     stack,
     versions,
 )
+from tests.unit.fp8_bound import (
+    ARCH,
+    BIAS,
+    CPU,
+    GRANULARITIES,
+    QKV,
+    A,
+    B,
+    C,
+    bound,
+    recipe,
+    scale_of,
+)
 from tests.unit.fp8_simulation import E4M3, round_fp8
-from tests.unit.tiny_flux import shapes_of
 from trt_core.block_precisions import BlockPrecisions
 from trt_core.config import BaseWeights, CompileConfig
-from trt_core.errors import OutOfMemory, UnsupportedModel
-from trt_core.flux.architecture import FluxArchitecture
-from trt_core.fp8_recipe import Activations, Fp8Config, Fp8Recipe, Granularity, block_linears, plan_recipe
+from trt_core.errors import UnsupportedModel
+from trt_core.fp8_recipe import block_linears
 from trt_core.fp8_weights import Fp8Weights, base_place
-from trt_core.lora.changes import Additive, Difference, LowRank, Patch
+from trt_core.lora.changes import Difference, LowRank, Patch
 from trt_core.mutable_module import MutableTRTModule
 from trt_core.weights import WeightPatches
-
-CPU = torch.device("cpu")
-ARCH = FluxArchitecture.from_shapes(shapes_of(base_weights()))
-NAMES = (*DOUBLE_NAMES, *SINGLE_NAMES)
-QKV, MODULATION, LAST = DOUBLE_NAMES[0], SINGLE_NAMES[2], "single_blocks.1.modulation.lin.weight"
-BIAS = "double_blocks.0.img_attn.proj.bias"
-A = random_lora("a", DOUBLE_NAMES, 4, seed=1)
-B = random_lora("b", (*DOUBLE_NAMES[:2], *SINGLE_NAMES[:2]), 8, seed=2)
-C = random_lora("c", NAMES, 2, seed=3)
-GRANULARITIES = pytest.mark.parametrize("per_row", [True, False], ids=["row", "tensor"])
-
-
-def recipe(per_row: bool = True, *exclude: str, static: bool = False) -> Fp8Recipe:
-    kinds = (Granularity.ROW if per_row else Granularity.TENSOR, Activations.STATIC if static else Activations.DYNAMIC)
-    amax = {name: 1.0 + i for i, name in enumerate(block_linears(ARCH))} if static else None
-    return plan_recipe(ARCH, Fp8Config(*kinds, exclude), amax)
-
-
-def bound(per_row: bool = True, *exclude: str, dtype: torch.dtype = torch.bfloat16, static: bool = False) -> Fp8Weights:
-    chosen = recipe(per_row, *exclude, static=static)
-    place = base_place(BaseWeights.AUTO, ARCH, chosen, CPU, given_there=True)
-    return Fp8Weights(base_weights(dtype).items(), chosen, place, CPU)
-
-
-def scale_of(name: str) -> str:
-    return name.removesuffix("weight") + "weight_scale"
 
 
 def expected_merge(name: str, loras: tuple[tuple[Lora, float], ...], dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -233,108 +213,6 @@ def test_equal_patches_write_nothing() -> None:
     assert not weights.needs(stack((A, 1.0)))
     weights.refit(stack((A, 1.0)))
     assert versions(weights) == written
-
-
-# -- how much of a small change is left --------------------------------------------------------------------------------
-
-
-def _gain(merged_fp8: Tensor, base_fp8: Tensor, delta: Tensor) -> float:
-    return float(((merged_fp8 - base_fp8) * delta).sum() / delta.square().sum())
-
-
-def _wide_weight() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    base = (torch.randn(1024, 1024, generator=generator) / 32).bfloat16()
-    delta = torch.randn(1024, 16, generator=generator) @ torch.randn(16, 1024, generator=generator)
-    return base, delta / delta.square().mean().sqrt() * base.float().square().mean().sqrt()
-
-
-@GRANULARITIES
-@pytest.mark.parametrize("size", [0.005, 0.01, 0.05])
-def test_the_gain_of_a_change_is_one(size: float, per_row: bool) -> None:
-    """In the weight itself, where 0.5 % of it is a fraction of E4M3's step."""
-    base, delta = _wide_weight()
-    weights = _only(base, per_row)
-    before = _dequantized(weights)
-    weights.refit(one(_ONLY, Difference(delta * size)))
-    assert 0.97 <= _gain(_dequantized(weights), before, delta * size) <= 1.03
-
-
-@pytest.mark.parametrize(
-    ("per_row", "size", "most"),
-    [(True, 0.005, 0.4), (True, 0.01, 0.5), (True, 0.05, 0.97), (False, 0.005, 0.5), (False, 0.01, 0.6)],
-)
-def test_a_merge_into_the_rounded_weight_would_lose_it(per_row: bool, size: float, most: float) -> None:
-    """Mutation: the same bound finds the mistake that everyone else makes. (With one scale for all, a change of 5 %
-    moves that scale and with it every number of the grid, so there is nothing to find.)"""
-    base, delta = _wide_weight()
-    rounded = _dequantized(_only(base, per_row))
-    weights = _only(rounded, per_row)
-    before = _dequantized(weights)
-    weights.refit(one(_ONLY, Difference(delta * size)))
-    assert _gain(_dequantized(weights), before, delta * size) < most
-
-
-_ONLY = "single_blocks.0.linear2.weight"
-
-
-def _only(base: Tensor, per_row: bool) -> Fp8Weights:
-    chosen = recipe(per_row)
-    return Fp8Weights([(_ONLY, base)], chosen, base_place(BaseWeights.AUTO, ARCH, chosen, CPU, given_there=True), CPU)
-
-
-def _dequantized(weights: Fp8Weights) -> Tensor:
-    return weights.tensors[_ONLY].float() * weights.tensors[scale_of(_ONLY)]
-
-
-# -- failures ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Failing(Additive):
-    error: type[BaseException]
-    scale: float = 1.0
-
-    def delta(self, device: torch.device | str) -> Tensor:
-        raise self.error("provoked")
-
-
-REASONS = [(torch.OutOfMemoryError, OutOfMemory), (KeyboardInterrupt, KeyboardInterrupt), (RuntimeError, RuntimeError)]
-
-
-def failing_after(wanted: Mapping[str, WeightPatches], error: type[BaseException]) -> dict[str, WeightPatches]:
-    return {**wanted, **one(LAST, Failing(error))}
-
-
-@GRANULARITIES
-@pytest.mark.parametrize("applied", [((A, 0.8),), ((A, 0.8), (B, -0.5)), ((C, 1.0),), ()], ids=["a", "a+b", "c", ""])
-@pytest.mark.parametrize(("provoked", "raised"), REASONS)
-def test_a_failure_in_the_middle_rolls_back(
-    provoked: type[BaseException], raised: type[BaseException], applied: tuple, per_row: bool
-) -> None:
-    weights = bound(per_row)
-    weights.refit(stack(*applied))
-    before, written = copied(weights), versions(weights)
-    with pytest.raises(raised):
-        weights.refit(failing_after(stack((B, 1.0)), provoked))
-    assert sum(v != written[n] for n, v in versions(weights).items()) >= 5, "it was to fail in the middle"
-    assert differing(weights, before) == []
-    assert weights.touched == stack(*applied).keys()
-    following = stack((B, 0.3))
-    weights.refit(following)
-    clean = bound(per_row)
-    clean.refit(following)
-    assert differing(weights, copied(clean)) == []
-
-
-def test_a_failure_within_one_weight_leaves_no_row_behind() -> None:
-    """q is merged already when v's change fails: q's rows and their scales go back, too."""
-    weights, change = bound(), low_rank((64, 64), 4, torch.Generator().manual_seed(5))
-    before = copied(weights)
-    patches = ((Patch(QKV, (0, 64), change), 1.0), (Patch(QKV, (128, 192), Failing(RuntimeError)), 1.0))
-    with pytest.raises(RuntimeError, match="provoked"):
-        weights.refit({QKV: WeightPatches("half", patches)})
-    assert differing(weights, before) == []
 
 
 # -- the module that binds them ----------------------------------------------------------------------------------------
