@@ -261,3 +261,18 @@ def test_the_scale_argument(tmp_path: Path) -> None:
         assert is_merged(model, {"a": scale}, per_row=True)
     output(model)
     assert is_merged(model, {"a": 1.0}, per_row=True)
+
+
+def test_an_adapter_that_is_swapped_in_place(tmp_path: Path) -> None:
+    """diffusers' hotswap writes other factors into the tensors of an adapter that is applied."""
+    model, donor = fp8_model(tmp_path), tiny_transformer().bfloat16()
+    add(donor, "a", lora("to_q", "proj_mlp"), seed=12)
+    donor.save_lora_adapter(tmp_path / "other", adapter_name="a")
+    add(model, "a", lora("to_q", "proj_mlp"))
+    before = output(model)
+    model.load_lora_adapter(
+        str(tmp_path / "other"), weight_name="pytorch_lora_weights.safetensors", adapter_name="a", prefix=None,
+        hotswap=True, local_files_only=True,
+    )  # fmt: skip
+    assert relative_l2(output(model), before) > 1e-3
+    assert is_merged(model, {"a": 1.0}, per_row=True)
