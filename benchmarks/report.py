@@ -5,29 +5,36 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+_PART = "<!-- {} -->"
 _NAMES = {"eager": "diffusers, eager", "compile_repeated_blocks": "diffusers, `compile_repeated_blocks`",
           "mttm": "Torch-TensorRT's mutable module"}  # fmt: skip
 _COLUMNS = (
     "what runs", "batch", "ms per step", "to eager", "first call, s", "warm first call, s", "LoRA switch, ms",
-    "GPU peak, GB", "host above weights, GB", "plans, MB", "error to eager's (FP8: to a simulation's)",
+    "GPU peak, GB", "host above weights, GB", "plans, MB", "error", "run",
 )  # fmt: skip
+_COMFYUI_COLUMNS = (
+    "what runs", "server", "ms per step", "first run, s", "LoRA added, s", "another file, s", "another strength, s",
+    "removed, s", "GPU peak, GB", "difference to ComfyUI's own", "run",
+)  # fmt: skip
+_KEYS = ("scenario", "mode", "precision", "backend", "base_weights", "lora_node", "batch", "height_px", "text_tokens")
 
 
-def latest_run(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of the last run in the file."""
-    return [line for line in lines if line["run"] == lines[-1]["run"]] if lines else []
+def latest(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last line of every case, cases of the last run first and each run in its own order."""
+    found = {tuple(line.get(key) for key in _KEYS): line for line in lines}
+    runs = list(dict.fromkeys(line["run"] for line in reversed(lines)))
+    return sorted(found.values(), key=lambda line: (runs.index(line["run"]), lines.index(line)))
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """A Markdown table; an empty cell was not measured."""
-    rows = [_COLUMNS, tuple("---" for _ in _COLUMNS), *(_row(line) for line in lines)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, tuple("---" for _ in columns), *rows))
 
 
 def _row(line: dict[str, Any]) -> tuple[str, ...]:
@@ -48,30 +55,55 @@ def _row(line: dict[str, Any]) -> tuple[str, ...]:
         _number(line, "host_peak_bytes_above_weights", 1e-9, ".1f"),
         _number(line, "plan_bytes", 1e-6, ".1f") if line.get("plan_bytes") else "",
         _number(line, "error_ratio", 1, ".2f"),
+        line["run"],
     )
+
+
+def _comfyui_row(line: dict[str, Any]) -> tuple[str, ...]:
+    own = line["scenario"] == "comfyui"
+    base = f", base weights on the {line.get('base_weights')}"
+    switch = line["switch_seconds"]
+    return (
+        "ComfyUI itself" if own else f"TRT Compile Transformer, {line['backend']}{base}",
+        _SERVERS.get(line["mode"], line["mode"]),
+        _number(line, "step_ms", 1, ".1f"),
+        _number(line, "first_run_seconds", 1, ".1f"),
+        *(f"{switch[name]:.2f}" for name in ("addition", "other_file", "other_strength", "removal")),
+        _number(line, "gpu_peak_bytes", 1e-9, ".1f"),
+        _number(line, "error_to_stock", 1, ".1e"),
+        line["run"],
+    )
+
+
+_SERVERS = {"dynamic": "Dynamic VRAM", "legacy": "`--disable-dynamic-vram`", "lowvram": "`--lowvram`"}
 
 
 def _number(line: dict[str, Any], name: str, factor: float, form: str) -> str:
     return format(line[name] * factor, form) if name in line else ""
 
 
-def section(path: Path) -> str:
-    """The text between the README's marks for one results file."""
-    lines = latest_run([json.loads(text) for text in path.read_text().splitlines()])
+def section(path: Path, columns: tuple[str, ...], row: Callable[[dict[str, Any]], tuple[str, ...]]) -> str:
+    """The text for one results file: on what it was measured, and a table."""
+    lines = latest([json.loads(text) for text in path.read_text().splitlines()])
     if not lines:
         return ""
     about, versions = lines[0], lines[0]["versions"]
     stack = ", ".join(f"{name} {version}" for name, version in versions.items() if version != "none")
-    head = f"{about['gpu']}, driver {about['driver']}, {stack}; run {about['run']}."
-    return f"{head}\n\n{table(lines)}"
+    return f"{about['gpu']}, driver {about['driver']}, {stack}.\n\n{table(columns, [row(line) for line in lines])}"
 
 
 def updated(readme: str) -> str:
-    """The README with its section written anew."""
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    sections = [text for path in sorted(RESULTS.glob("*.jsonl")) if (text := section(path))]
-    return before + BEGIN + "\n" + "\n\n".join(sections) + "\n" + END + after
+    """The README with its generated parts written anew."""
+    own = [section(path, _COLUMNS, _row) for path in sorted(RESULTS.glob("*.jsonl"))]
+    comfyui = [section(path, _COMFYUI_COLUMNS, _comfyui_row) for path in sorted((RESULTS / "comfyui").glob("*.jsonl"))]
+    return _replaced(_replaced(readme, "benchmark", own), "comfyui benchmark", comfyui)
+
+
+def _replaced(readme: str, part: str, sections: list[str]) -> str:
+    begin, end = _PART.format(f"{part}:begin"), _PART.format(f"{part}:end")
+    before, rest = readme.split(begin)
+    after = rest.split(end)[1]
+    return before + begin + "\n" + "\n\n".join(filter(None, sections)) + "\n" + end + after
 
 
 def main() -> None:
