@@ -174,6 +174,7 @@ class BaseStorage:
     def _host_copies(self, weights: Mapping[str, Tensor], still_needed_bytes: int) -> dict[str, Tensor]:
         copies = {}
         with self._slabs.all_or_none():
+            self._slabs.prepare(still_needed_bytes)
             # The largest first: what they leave of a slab is filled by the small ones.
             for name, tensor in sorted(weights.items(), key=lambda item: -piece_bytes(item[1])):
                 copies[name] = self._slabs.take(tensor, still_needed_bytes).copy_(tensor, non_blocking=True)

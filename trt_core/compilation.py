@@ -97,11 +97,14 @@ class Compilation:
         return self._blocks[key]
 
     def words(self) -> dict[str, str]:
-        """Segment name -> backend and how its kind of block is cut; FP8's and the excluded layers' apart."""
-        found: dict[str, str] = {}
+        """Segment name -> backend and how its kind of block is cut; several variants of one (masks, excluded layers)
+        one after the other."""
+        found: dict[str, list[str]] = {}
         for (_, *precisions), compiled in self._compiled.items():
-            found |= compiled.words(dict(zip(BlockKind, precisions, strict=True)))
-        return found
+            for name, words in compiled.words(dict(zip(BlockKind, precisions, strict=True))).items():
+                variants = found.setdefault(name, [])
+                variants += [words] if words not in variants else []
+        return {name: "; ".join(variants) for name, variants in found.items()}
 
     def measurements(self) -> tuple[Measurement, ...]:
         return tuple(m for compiled in self._compiled.values() for m in compiled.plan.measurements)

@@ -6,6 +6,7 @@ import mmap
 import sys
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import torch
@@ -18,6 +19,8 @@ _SLAB_BYTES = 2**30
 """Host memory is pinned in slabs of a power of two, because PyTorch's pinned allocator rounds every block up to one:
 a 132 MB weight by itself would take 256 MB."""
 _PAGE_BYTES = mmap.PAGESIZE
+_PINNING_THREADS = 3
+"""Most of pinning is the system's zeroing of pages, which several threads do side by side."""
 
 
 class HostSlabs:
@@ -43,6 +46,17 @@ class HostSlabs:
         self._used[index] += size
         piece = self._slabs[index][start : start + like.numel() * like.element_size()]
         return piece.view(like.dtype).view(like.shape)
+
+    def prepare(self, needed_bytes: int) -> None:
+        """Pins what `needed_bytes` need beside what is free, several slabs at a time, or nothing: `OutOfMemory`."""
+        missing, sizes = needed_bytes - self.free_bytes, []
+        while missing > 0:
+            sizes.append(_slab_bytes(1, missing))
+            missing -= sizes[-1]
+        with ThreadPoolExecutor(_PINNING_THREADS, "trt_core pinning") as pool:
+            slabs = list(pool.map(_pinned, sizes))
+        self._slabs += slabs
+        self._used += [0] * len(slabs)
 
     def reset(self) -> None:
         """Everything handed out is free again; the memory stays pinned."""

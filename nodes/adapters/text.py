@@ -38,12 +38,18 @@ class RunText:
         """Several lines: how many blocks ran compiled and by what, LoRA, builds, and who ran the other blocks why."""
         left_out = set(self.eager) | set(foreign)
         compiled = len(blocks) - len(left_out) if self._calls else 0
-        backends = sorted({words for name, words in report.segments.items() if not name.startswith("stem")})
-        lines = [f"{compiled} of {len(blocks)} blocks compiled" + (f": {'; '.join(backends)}" if backends else "")]
+        ways = _ways(report)
+        lines = [f"{compiled} of {len(blocks)} blocks compiled" + (f": {'; '.join(ways)}" if ways else "")]
         lines += [self.fp8] if self.fp8 else []
         lines.append(refit_line(self.refit))
         lines.append(f"builds: {report.builds} ({report.build_seconds:.1f} s for the last)")
         return "\n".join([*lines, *_by_reason(self.eager)])
+
+
+def _ways(report: Report) -> list[str]:
+    """How blocks are cut and what runs their parts, each way once: "split tensorrt + eager, cudnn attention"."""
+    said = [words for name, words in report.segments.items() if not name.startswith("stem")]
+    return sorted({way.partition(" (")[2].removesuffix(")") for words in said for way in words.split("; ")})
 
 
 def refit_line(refit: RefitReport | None) -> str:

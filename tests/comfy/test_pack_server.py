@@ -180,7 +180,7 @@ def test_tensorrt_without_a_gpu(server: Server) -> None:
 
 
 def test_auto_says_what_it_does_without_a_gpu(server: Server) -> None:
-    assert "4 of 4 blocks compiled: eager" in sampled(server, backend="auto")[1].text
+    assert "4 of 4 blocks compiled: split eager" in sampled(server, backend="auto")[1].text
 
 
 def test_a_missing_option_is_named(server: Server) -> None:

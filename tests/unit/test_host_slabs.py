@@ -116,6 +116,34 @@ def test_what_an_error_interrupts_is_given_back(asked: list[int], monkeypatch: p
     assert (kept == 7).all()
 
 
+def test_what_is_prepared_is_enough_and_little_more(asked: list[int]) -> None:
+    slabs = HostSlabs()
+    slabs.prepare(10_000)
+    assert sum(asked) >= 10_000
+    assert sum(asked) < 10_000 + 4096
+    for _ in range(9):
+        slabs.take(piece(1024), 0)
+    assert sum(asked) < 10_000 + 4096, "nothing more was asked for"
+    slabs.prepare(slabs.free_bytes)
+    assert sum(asked) < 10_000 + 4096, "what is free is used"
+
+
+def test_a_slab_that_cannot_be_pinned_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def second_fails(size_bytes: int) -> torch.Tensor:
+        made.append(size_bytes)
+        if len(made) > 1:
+            raise OutOfMemory("no more")
+        return torch.empty(size_bytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(host_slabs, "_pinned", second_fails)
+    slabs = HostSlabs()
+    with pytest.raises(OutOfMemory):
+        slabs.prepare(2**31)
+    assert slabs.free_bytes == 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here memory can be pinned")
 def test_memory_that_cannot_be_pinned_says_what_to_do() -> None:
     with pytest.raises(OutOfMemory, match=r"could not be pinned.*base_weights=\"gpu\"") as caught:
