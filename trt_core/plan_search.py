@@ -11,19 +11,16 @@ import torch
 from .attention_ranking import rank_attention
 from .backends.base import CompiledSegment
 from .backends.compiler import SegmentCompiler
-from .backends.inductor import why_not_inductor
 from .backends.tensorrt_builders import Builders
-from .backends.tensorrt_fp8 import why_not_tensorrt_fp8
 from .background import Stopwatch
+from .candidates import first_segments, why_not
 from .config import Attention, Backend, CompileConfig, Layout
 from .engine_cache import EngineKey
 from .errors import BuildFailed, CacheError, MissingDependency, OutOfMemory, TRTError
 from .flux.catalogue import SegmentName, source_version
-from .gpu import current_gpu, why_not_tensorrt
 from .host import stop_if_cancelled
 from .measure import median_milliseconds
 from .plan import (
-    SPLIT_SEGMENTS,
     WHOLE_SEGMENT,
     BlockChoice,
     BlockKind,
@@ -112,7 +109,7 @@ class PlanSearch:
             "attention": self.config.attention.value, "layout": self.layout.value if self.layout else None,
             # A compiler that was installed since makes a new choice possible.
             "precision": [compiler.precision(WHOLE_SEGMENT[kind]).to_dict() for kind in BlockKind],
-            "left_out": sorted(backend.value for backend, reason in self._reasons().items() if reason),
+            "left_out": sorted(backend.value for backend, reason in why_not(self.compiler).items() if reason),
         }  # fmt: skip
         return EngineKey("plan", fields)
 
@@ -181,7 +178,7 @@ class PlanSearch:
         if self.config.backend is Backend.AUTO and device.type != "cuda":
             self._leave_out("all segments", Backend.INDUCTOR, 'no GPU; backend="inductor" compiles for the CPU')
             return [Backend.EAGER]
-        reasons = self._reasons()
+        reasons = why_not(self.compiler)
         wanted = list(reasons) if self.config.backend is Backend.AUTO else [self.config.backend]
         for backend in wanted:
             if reason := reasons[backend]:
@@ -194,29 +191,9 @@ class PlanSearch:
                 self._leave_out("all segments", backend, reason)
         return [backend for backend in wanted if reasons[backend] is None]
 
-    def _reasons(self) -> dict[Backend, str | None]:
-        """Every backend and why it cannot be built on this machine, or None."""
-        device = self.compiler.device
-        return {
-            Backend.TENSORRT: self._why_not_tensorrt(),
-            Backend.INDUCTOR: why_not_inductor(device),
-            Backend.EAGER: None,
-        }
-
-    def _why_not_tensorrt(self) -> str | None:
-        gpu = current_gpu() if self.compiler.device.type == "cuda" else None
-        precisions = (self.compiler.precision(WHOLE_SEGMENT[kind]) for kind in BlockKind)
-        return why_not_tensorrt(gpu) or next(filter(None, (why_not_tensorrt_fp8(p, gpu) for p in precisions)), None)
-
     def _wanted(self, backend: Backend) -> list[SegmentName]:
-        """Segments to build first: halves for TensorRT and eager, whole blocks (in auto halves too) for Inductor."""
-        halves = [name for kind in BlockKind for name in SPLIT_SEGMENTS[kind]]
-        wholes = [WHOLE_SEGMENT[kind] for kind in BlockKind]
-        if self.layout is Layout.SPLIT:
-            return halves
-        if backend is Backend.INDUCTOR:
-            return wholes + halves if self.config.backend is Backend.AUTO and not self._only_inductor() else wholes
-        return halves
+        halves_too = self.config.backend is Backend.AUTO and not self._only_inductor()
+        return first_segments(backend, self.layout, halves_too)
 
     def _only_inductor(self) -> bool:
         """Whether TensorRT is left out: then Inductor's halves could only repeat its whole blocks."""
