@@ -29,7 +29,8 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 WINDOWS_CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 NEEDED_GB = {"cpu": 3, "gpu": 18}
 DIFFUSERS = ("diffusers>=0.35,<1", "transformers>=4.50", "peft>=0.17", "accelerate>=1.0", "safetensors>=0.4.3")
-PACKAGES = (*DIFFUSERS, "sentencepiece", "protobuf", "pillow", "pytest>=8", "ruff>=0.17,<0.18")
+TESTS = ("pytest>=8", "ruff>=0.17,<0.18", "nvidia-modelopt>=0.47,<0.48")
+PACKAGES = (*DIFFUSERS, "sentencepiece", "protobuf", "pillow", *TESTS)
 USAGE = "usage: python run.py demo [--help | options], python run.py test [options of pytest]"
 NOT_OFFERED = "pip's sources lack a package for this Python and system. Python 3.10 to 3.13 are the safe choice."
 NO_NETWORK = "pip could not reach its package index. Check the network or proxy and run the same command again."
