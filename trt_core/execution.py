@@ -52,9 +52,7 @@ class SingleBlock(Protocol):
 
     takes_mask: bool
 
-    def __call__(
-        self, x: Tensor, mod: Tensor, pe: Pe, weights: BlockWeights, mask: Tensor | None = None
-    ) -> Tensor: ...
+    def __call__(self, x: Tensor, mod: Tensor, pe: Pe, weights: BlockWeights, mask: Tensor | None = None) -> Tensor: ...
 
 
 class SplitDouble:

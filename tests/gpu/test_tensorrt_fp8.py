@@ -5,6 +5,7 @@ Run with -s to see, for each, the error in multiples of eager FP8's and the time
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,9 +141,9 @@ def test_full_size(name: SegmentName, words: str, full: Built) -> None:
         ms = median_milliseconds(lambda: segment(*inputs), DEVICE)
         eager_ms = median_milliseconds(lambda: asked.reference(*inputs), DEVICE)
     ratio = error_ratio(segment, asked)
-    print(
+    sys.stdout.write(  # seen with -s
         f"\nfull size {name.value}, {words}: {ms:.3f} ms, eager {eager_ms:.3f} ms, error ratio {ratio:.3f}, "
-        f"plan {segment.plan_bytes / 2**20:.2f} MiB, scratch {segment._scratch_bytes / 2**20:.0f} MiB"
+        f"plan {segment.plan_bytes / 2**20:.2f} MiB, scratch {segment._scratch_bytes / 2**20:.0f} MiB\n"
     )
     assert ratio < 1.5
 
