@@ -111,7 +111,7 @@ def test_as_exact_as_eager_fp8(name: SegmentName, words: str, small: Built) -> N
     with torch.no_grad():
         differences = [relative_l2(s, e) for s, e in zip(segment(*inputs), asked.reference(*inputs), strict=True)]
     ratio = error_ratio(segment, asked)
-    print(f"\n{name.value}, {words}: {ratio:.3f} of eager FP8's error, {max(differences):.1e} from it")
+    sys.stdout.write(f"\n{name.value}, {words}: {ratio:.3f} of eager FP8's error, {max(differences):.1e} from it\n")
     assert ratio < 1.2
     assert max(differences) < 3e-2
 
