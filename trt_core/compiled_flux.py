@@ -18,7 +18,7 @@ from .forward_hooks import refuse_foreign_forward, swap_class
 from .fp8_model import gather
 from .fp8_recipe import attached_recipe
 from .host import Progress
-from .mutable_module import Report
+from .report import Report
 from .terminal import TerminalProgress
 
 _STATE = "_trt_state"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -26,7 +25,8 @@ from .fp8_weights import Fp8Weights, Placed, base_place
 from .given_fp8 import GivenFp8, GivenFp8Weights
 from .host import Progress, Silent
 from .host_slabs import HostSlabs
-from .plan import Measurement
+from .range_check import RangeCheck
+from .report import Report
 from .weight_checks import check_one_device, check_uniform
 from .weights import BoundWeights, RefitReport, WeightPatches
 
@@ -39,19 +39,6 @@ class ModuleState(Enum):
     """Weights are bound; segments are compiled at the first call."""
     READY = "ready"
     CLOSED = "closed"
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What runs where, for tables, logs and nodes. `segments`: name -> backend and why; times in seconds and ms."""
-
-    segments: dict[str, str]
-    build_seconds: float
-    last_refit: RefitReport | None
-    eager_blocks: dict[str, str]
-    plan_bytes: int
-    measurements: tuple[Measurement, ...]
-    builds: int
 
 
 class MutableTRTModule:
@@ -72,7 +59,7 @@ class MutableTRTModule:
         self._slabs, self._base_source = HostSlabs(), base_source
         self._compilation = Compilation(arch, self.config)
         self._weights: BoundWeights | None = None
-        self._precisions = BlockPrecisions.plain(arch)
+        self._precisions, self._ranges = BlockPrecisions.plain(arch), RangeCheck(arch)
         self._double_weights: list[BlockWeights] = []
         self._single_weights: list[BlockWeights] = []
         self._scale_first = False
@@ -153,6 +140,7 @@ class MutableTRTModule:
         self._weights, self._compiled_kind = weights, kind
         self._precisions = BlockPrecisions.of(self.arch, fp8)
         self._double_weights, self._single_weights = self._precisions.weights(weights.tensors)
+        self._ranges = RangeCheck.of(self.arch, fp8, self._precisions, weights.tensors)
         self.state = ModuleState.LOADED if self._compilation.empty else ModuleState.READY
 
     @property
@@ -171,6 +159,7 @@ class MutableTRTModule:
         if not self.weights.needs(patches):
             return None
         self.last_refit = self.weights.refit(patches)
+        self._ranges.restart()
         return self.last_refit
 
     def unload(self) -> None:
@@ -195,7 +184,7 @@ class MutableTRTModule:
         self.state = ModuleState.CLOSED
 
     def _let_go(self) -> None:
-        self._weights = None
+        self._weights, self._ranges = None, RangeCheck(self.arch)
         self._double_weights, self._single_weights = [], []
 
     # -- the call --------------------------------------------------------------------------------------------------
@@ -280,7 +269,7 @@ class MutableTRTModule:
         samples = self._precisions.samples(self._double_weights, self._single_weights)
         blocks = self._compilation.blocks(bound, Shapes(batch, img_tokens, txt_tokens, masked), samples, self.progress)
         self.state = ModuleState.READY
-        return blocks
+        return self._ranges.watched(blocks)
 
     def report(self, eager_blocks: Mapping[str, str] | None = None) -> Report:
         """What runs where; `eager_blocks` are those the caller runs itself, with the reason."""
@@ -294,6 +283,7 @@ class MutableTRTModule:
             compilation.plan_bytes,
             compilation.measurements(),
             compilation.builds,
+            self._ranges.out_of_range(),
         )
 
     def _refuse_closed(self) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from ...trt_core.mutable_module import Report
+from ...trt_core.range_check import range_words
+from ...trt_core.report import Report
 from ...trt_core.weights import RefitReport
 from .host import show
 
@@ -35,13 +36,15 @@ class RunText:
             show(each, line)
 
     def summary(self, report: Report, blocks: Sequence[str], foreign: Collection[str]) -> str:
-        """Several lines: how many blocks ran compiled and by what, LoRA, builds, and who ran the other blocks why."""
+        """Several lines: how many blocks ran compiled and by what, LoRA, what FP8 cuts off, builds, and who ran the
+        other blocks why."""
         left_out = set(self.eager) | set(foreign)
         compiled = len(blocks) - len(left_out) if self._calls else 0
         ways = _ways(report)
         lines = [f"{compiled} of {len(blocks)} blocks compiled" + (f": {'; '.join(ways)}" if ways else "")]
         lines += [self.fp8] if self.fp8 else []
         lines.append(refit_line(self.refit))
+        lines += [f"Warning: {words}"] if (words := range_words(report.out_of_range)) else []
         lines.append(f"builds: {report.builds} ({report.build_seconds:.1f} s for the last)")
         return "\n".join([*lines, *_by_reason(self.eager)])
 

@@ -117,6 +117,19 @@ def test_static_activations(server: Server, compile_: bool) -> None:
     assert "error of layers' outputs" in said.text
 
 
+@pytest.mark.parametrize(("strength", "warned"), [(1.0, False), (60.0, True)])
+def test_a_lora_beyond_the_static_ranges_is_said(server: Server, strength: float, warned: bool) -> None:
+    graph = FluxGraph()
+    node = compiled(graph, fp8(
+        graph, graph.unet(), activations="static", conditioning=graph.text(seed=4), latent=graph.empty_latent()
+    ))  # fmt: skip
+    model = graph.lora(node, "a.safetensors", strength)
+    _, said = run(server, graph, graph.sample(model, graph.text()), node)
+    assert said.compiled == 4
+    assert ("Warning: static FP8 scales cut off inputs of " in said.text) is warned
+    assert ("times its range" in said.text) is warned
+
+
 @pytest.mark.parametrize("compile_", [True, False])
 def test_excluded_layers(server: Server, compile_: bool) -> None:
     """Nearer to full precision the fewer layers are in FP8, and named on the node."""

@@ -6,7 +6,7 @@ layer norm, the GELU and the join before a product are part of these functions a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -27,7 +27,10 @@ class Fp8Weight(NamedTuple):
 
 
 Weight = Tensor | Fp8Weight
+Note = Callable[[Tensor, Fp8Weight], None]
+_NOTED_TOKENS = 512
 _quantizes = True
+_note: Note | None = None
 
 
 @contextmanager
@@ -41,34 +44,64 @@ def unquantized_inputs() -> Iterator[None]:
         _quantizes = True
 
 
+@contextmanager
+def noting_inputs(note: Note) -> Iterator[None]:
+    """While inside, `note` gets each input of an FP8 layer with a static scale as it is before it is quantized.
+
+    For eager calls. Results are what they are outside.
+    """
+    global _note
+    _note = note
+    try:
+        yield
+    finally:
+        _note = None
+
+
 def linear(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """x [..., in] @ weight^T + bias."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
     if not _quantizes:
         return _exact(x, weight, bias)
+    if _note is not None and weight.input_scale is not None:
+        _note(x, weight)
+        return _product(_quantized_in_parts(x, weight.input_scale), weight, bias, x.dtype)
     return _product(fp8.quantize(x, weight.input_scale), weight, bias, x.dtype)
 
 
 def norm_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """`linear` of the modulated layer norm of x [B, L, hidden]; shift, scale [B, hidden]."""
-    if isinstance(weight, Tensor) or not _quantizes:
+    if isinstance(weight, Tensor) or _needs_inputs():
         return linear(modulated_norm(x, shift, scale), weight, bias)
     return _product(fp8.quantize_norm(x, shift, scale, weight.input_scale), weight, bias, x.dtype)
 
 
 def gelu_linear(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """`linear` of gelu(x)."""
-    if isinstance(weight, Tensor) or not _quantizes:
+    if isinstance(weight, Tensor) or _needs_inputs():
         return linear(F.gelu(x, approximate="tanh"), weight, bias)
     return _product(fp8.quantize_gelu(x, weight.input_scale), weight, bias, x.dtype)
 
 
 def join_gelu_linear(attn: Tensor, mlp: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """`linear` of attn and gelu(mlp) joined along the last axis."""
-    if isinstance(weight, Tensor) or not _quantizes:
+    if isinstance(weight, Tensor) or _needs_inputs():
         return linear(join_gelu(attn, mlp), weight, bias)
     return _product(fp8.quantize_join_gelu(attn, mlp, weight.input_scale), weight, bias, attn.dtype)
+
+
+def _needs_inputs() -> bool:
+    """Whether an FP8 layer's input is wanted as a tensor, before it is quantized."""
+    return not _quantizes or _note is not None
+
+
+def _quantized_in_parts(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`fp8.quantize` without fp32 copies of all of x, for which there may be no memory beside a compiled model."""
+    quantized = torch.empty(x.shape, dtype=fp8.FP8, device=x.device)
+    for out, part in zip(quantized.split(_NOTED_TOKENS, -2), x.split(_NOTED_TOKENS, -2), strict=True):
+        out.copy_(fp8.quantize_tensor(part, scale))
+    return quantized, scale
 
 
 def _product(quantized: tuple[Tensor, Tensor], weight: Fp8Weight, bias: Tensor, dtype: torch.dtype) -> Tensor:
