@@ -140,7 +140,7 @@ def range_words(out_of_range: Mapping[str, float]) -> str:
     """One sentence with the layers that are furthest out and what to do; "" where all inputs fit."""
     if not out_of_range:
         return ""
-    named = [f"{name} ({times:.1f} times its range)" for name, times in list(out_of_range.items())[:_NAMED]]
+    named = [f"{name} ({times:.3g} times its range)" for name, times in list(out_of_range.items())[:_NAMED]]
     rest = [f"{len(out_of_range) - _NAMED} more"] if len(out_of_range) > _NAMED else []
     return (
         f"static FP8 scales cut off inputs of {', '.join([*named, *rest])}: calibrate again with the LoRAs applied, "
