@@ -20,23 +20,24 @@ SEED = 1
 _BRANCH_ENDS = ("to_out.0.weight", "to_add_out.weight", "net.2.weight", "proj_out.weight")
 
 
-def full_size_transformer(device: torch.device, **changes: Any) -> nn.Module:
-    """FluxTransformer2DModel in bf16 on the GPU, weights random."""
+def full_size_transformer(device: torch.device, branch_gain: float = 0.2, **changes: Any) -> nn.Module:
+    """FluxTransformer2DModel in bf16 on the GPU, weights random; `branch_gain` as `fill` has it."""
     from diffusers import FluxTransformer2DModel
 
     with torch.device("meta"):
         model = FluxTransformer2DModel(**{**FULL_SIZE, **changes}).eval()
     model = model.to(torch.bfloat16).to_empty(device=device)
-    fill(model, adversarial=False)
+    fill(model, adversarial=False, branch_gain=branch_gain)
     return model.requires_grad_(False)
 
 
 @torch.no_grad()
-def fill(model: nn.Module, adversarial: bool) -> None:
+def fill(model: nn.Module, adversarial: bool, branch_gain: float = 0.2) -> None:
     """Writes random weights in place, the same for the same GPU and architecture.
 
     Adversarial ones show what plain Gaussians hide: q/k gains of 3 (a sharp softmax), eight output channels 30 times
-    larger than the rest in every residual branch, and large gates.
+    larger than the rest in every residual branch, and large gates. `branch_gain` scales the last matrix of each
+    residual branch: the smaller, the less the 57 blocks amplify a rounding.
     """
     for index, (name, parameter) in enumerate(model.named_parameters()):
         generator = torch.Generator(parameter.device).manual_seed(SEED * 100003 + index)
@@ -44,7 +45,9 @@ def fill(model: nn.Module, adversarial: bool) -> None:
             # Residual branches at a fifth: 57 blocks at full strength amplify one rounding to half of the output, which
             # would leave nothing to compare.
             branch_end = name.endswith(_BRANCH_ENDS) and "blocks" in name
-            parameter.normal_(0.0, (0.2 if branch_end else 1.0) * parameter.shape[1] ** -0.5, generator=generator)
+            parameter.normal_(
+                0.0, (branch_gain if branch_end else 1.0) * parameter.shape[1] ** -0.5, generator=generator
+            )
         else:
             parameter.normal_(0.0, 0.1, generator=generator)
         if "norm_q" in name or "norm_k" in name or "norm_added" in name:
@@ -80,8 +83,11 @@ def inputs(model: nn.Module, batch: int, height_px: int, width_px: int, text_tok
     }
 
 
-def add_loras(model: Any, rank: int, names: tuple[str, ...] = ("a", "b")) -> int:
-    """Adds random LoRAs on every block linear; each changes a weight by about 1 % of its rms. Returns their layers."""
+def add_loras(model: Any, rank: int, names: tuple[str, ...] = ("a", "b"), size: float | None = None) -> int:
+    """Adds random LoRAs on every block linear and returns how many layers they have.
+
+    Each changes a weight by about 1 % of 1/sqrt(inputs), or with `size` by exactly that part of the weight's own rms.
+    """
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
@@ -96,7 +102,20 @@ def add_loras(model: Any, rank: int, names: tuple[str, ...] = ("a", "b")) -> int
                 generator = torch.Generator(down.device).manual_seed(index * 10 + offset)
                 down.normal_(0.0, down.shape[1] ** -0.5, generator=generator)
                 up.normal_(0.0, 0.01 * rank**-0.5, generator=generator)
+                if size is not None:
+                    up.mul_(size * _rms(layer.base_layer.weight) / (layer.scaling[name] * _rms_of_product(up, down)))
     return len(layers)
+
+
+def _rms(matrix: Tensor) -> float:
+    return float(matrix.float().square().mean().sqrt())
+
+
+def _rms_of_product(up: Tensor, down: Tensor) -> float:
+    """rms of up @ down from two small matrices: ||up @ down||^2 is the trace of (up' up) (down down')."""
+    up, down = up.float(), down.float()
+    square = ((up.T @ up) * (down @ down.T)).sum()
+    return float((square / (up.shape[0] * down.shape[1])).sqrt())
 
 
 _TARGET_PATTERN = (

@@ -99,7 +99,7 @@ def moving(
     """`move` (what `.to(...)` does to one tensor) that leaves the bases of FP8 layers in host memory where they belong
     there: the GPU then never holds the model in full size."""
     moved = move(torch.empty(0, dtype=model.dtype))
-    if moved.device.type != "cuda" or base_place(mode, arch, recipe, moved.device, False).where is BaseWeights.GPU:
+    if base_place(mode, arch, recipe, moved.device, given_there=False).where is BaseWeights.GPU:
         return move
     kept = {id(slot.parameter()) for slot in find_slots(model, arch) if is_fp8(recipe, slot.name)}
     return lambda tensor: tensor.to(moved.dtype) if id(tensor) in kept else move(tensor)

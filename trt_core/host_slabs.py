@@ -147,7 +147,7 @@ def _registered(size_bytes: int) -> Tensor:
 
 
 def _unregister(address: int) -> None:
-    """An address that is pinned still could not be pinned again."""
+    """Before the memory goes: an address that is pinned still could not be pinned again."""
     torch.cuda.synchronize()
     torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
 

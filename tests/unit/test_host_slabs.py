@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,3 +164,23 @@ def test_both_ways_pin(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
         torch.cuda.synchronize()
         assert taken.is_pinned()
         assert torch.equal(taken.to("cuda"), source)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there are slabs registered")
+def test_memory_stays_pinned_while_a_parameter_lies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bases of FP8 layers outlive the slabs: unpinned, each would be copied anew when the model is bound again."""
+    unpinned: list[int] = []
+    cuda = SimpleNamespace(cudaHostRegister=lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
+    monkeypatch.setattr(host_slabs, "_unregister", unpinned.append)
+    slabs, parameter = HostSlabs(), torch.nn.Parameter(torch.zeros(2, 8), requires_grad=False)
+    base = slabs.take(torch.zeros(4, 8))
+    address = base.data_ptr()
+    parameter.data = base[:2]
+    del slabs, base
+    gc.collect()
+    assert not unpinned
+    parameter.data = torch.zeros(2, 8)
+    gc.collect()
+    assert unpinned == [address]

@@ -1,0 +1,176 @@
+"""`python -m benchmarks.fp8_quality`: how far FP8 is from fp32, over one call, 20 steps and LoRAs; one JSON line each.
+
+Random weights with residual branches at a gain of 0.05: at 0.2, bf16 alone is off by 4 % on adversarial weights, while
+a trained model's bf16 is off by about 1 %, so that all that rounds would look as bad as nothing real does.
+
+GPU memory held: the model in fp32 (48 GB) and in bf16 (24 GB), its FP8 copy (12 GB); while LoRAs are switched, a second
+FP8 copy instead of the fp32 model.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import model as models
+from .fake_quant import fake_quantized
+from .fp8_calls import at, call, cosine, exact, same_bits
+from .fp8_lines import TINY, TINY_PX, TINY_TEXT_TOKENS, Line, device_of, parser, write
+from .fp8_loras import lora_gain_lines, lora_switch_line
+from .process import relative
+
+BRANCH_GAIN = 0.05
+STEPS = 20
+
+
+# -- one call ----------------------------------------------------------------------------------------------------------
+
+
+def reference(model: Any, wide: Any, arguments: dict[str, Tensor], adversarial: bool) -> tuple[Line, Tensor]:
+    """Fills both models with the same weights. Errors of eager PyTorch and of the simulation, and fp32's output."""
+    models.fill(model, adversarial, BRANCH_GAIN)
+    copy_weights(model, wide)
+    truth, line = call(wide, exact(arguments)), {}
+    seen = {"eager": call(model, arguments)}
+    with fake_quantized(model):
+        seen["simulated"] = call(model, arguments)
+    with fake_quantized(wide):
+        seen["simulated_fp32"] = call(wide, exact(arguments))
+    for name, output in seen.items():
+        line |= {f"{name}_error": relative(output, truth), f"{name}_cosine": cosine(output, truth)}
+    return line, truth
+
+
+@torch.no_grad()
+def copy_weights(model: Any, wide: Any) -> None:
+    for there, here in zip(wide.parameters(), model.parameters(), strict=True):
+        there.copy_(here)
+
+
+def forward_line(kind: str, seen: Tensor, line: Line, truth: Tensor) -> Line:
+    error = relative(seen, truth)
+    ratios = {f"ratio_to_{name}": error / line[f"{name}_error"] for name in ("simulated", "simulated_fp32")}
+    return {"kind": "forward", "weights": kind, "error": error, "cosine": cosine(seen, truth), **ratios, **line}
+
+
+def refill(model: Any, adversarial: bool) -> None:
+    """An FP8 model reads new weights when it is bound again, which any change of its place brings about."""
+    model.to(model.dtype)
+    models.fill(model, adversarial, BRANCH_GAIN)
+
+
+# -- 20 steps ----------------------------------------------------------------------------------------------------------
+
+Velocity = Callable[[Tensor, float], Tensor]
+"""(latent in fp32, sigma) to the model's output in fp32."""
+
+
+def trajectory(velocity: Velocity, start: Tensor) -> list[Tensor]:
+    """The latent after each Euler step from sigma 1 to 0."""
+    latents, sigmas = [start], [1 - step / STEPS for step in range(STEPS + 1)]
+    for sigma, following in itertools.pairwise(sigmas):
+        latents.append(latents[-1] + (following - sigma) * velocity(latents[-1], sigma))
+    return latents[1:]
+
+
+def euler_line(ours: Any, wide: Any, arguments: dict[str, Tensor]) -> Line:
+    """FP8's way beside fp32's; beside it the simulation's, and fp32's with white noise of FP8's mean error of one call.
+
+    Where the errors of the steps resemble each other, as those of rounded weights do, they add up faster than noise.
+    """
+
+    def in_fp32(latent: Tensor, sigma: float) -> Tensor:
+        # Times as a host rounds them; the latent is not rounded here.
+        return call(wide, {**exact(at(arguments, latent, sigma)), "hidden_states": latent})
+
+    def in_fp8(latent: Tensor, sigma: float) -> Tensor:
+        return call(ours, at(arguments, latent, sigma)).float()
+
+    start, errors = arguments["hidden_states"].float(), []
+
+    def compared(latent: Tensor, sigma: float) -> Tensor:
+        truth = in_fp32(latent, sigma)
+        errors.append(relative(in_fp8(latent, sigma), truth))
+        return truth
+
+    truth = trajectory(compared, start)
+
+    def curve(velocity: Velocity) -> list[float]:
+        return [relative(x, t) for x, t in zip(trajectory(velocity, start), truth, strict=True)]
+
+    noise = curve(noisy(in_fp32, sum(errors) / len(errors)))
+    fp8 = curve(in_fp8)
+    with fake_quantized(wide):
+        simulated = curve(in_fp32)
+    return {"kind": "euler", "steps": STEPS, "step_errors": errors, **curves(fp8, noise, simulated)}
+
+
+def noisy(velocity: Velocity, error: float) -> Velocity:
+    """The same with white noise whose norm is `error` of the output's."""
+
+    def disturbed(latent: Tensor, sigma: float) -> Tensor:
+        truth, generator = velocity(latent, sigma), torch.Generator(latent.device)
+        generator.manual_seed(round(sigma * STEPS))
+        white = torch.randn(truth.shape, generator=generator, device=truth.device)
+        return truth + white * (error * truth.norm() / white.norm())
+
+    return disturbed
+
+
+def curves(fp8: Sequence[float], noise: Sequence[float], simulated: Sequence[float]) -> Line:
+    """Relative errors of the latent after each step, and FP8's as multiples of the others'."""
+    line: Line = {"latent_errors": list(fp8), "noise_errors": list(noise), "simulated_errors": list(simulated)}
+    for name, other in (("noise", noise), ("simulated", simulated)):
+        ratios = [one / two for one, two in zip(fp8, other, strict=True)]
+        line |= {f"last_ratio_to_{name}": ratios[-1], f"largest_ratio_to_{name}": max(ratios)}
+    # From the first step to the last, in multiples of white noise's: 1 where the errors of steps are independent.
+    growth = noise[-1] / noise[0]
+    return {**line, "growth": fp8[-1] / fp8[0] / growth, "simulated_growth": simulated[-1] / simulated[0] / growth}
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    device: torch.device, px: int, text_tokens: int, options: dict[str, Any], changes: dict[str, Any]
+) -> Iterator[Line]:
+    """All lines. `options` go to `compile_transformer`, `changes` to the model's config."""
+    import trt_core
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    model = models.full_size_transformer(device, BRANCH_GAIN, **changes)
+    wide = copy.deepcopy(model).float()
+    arguments = models.inputs(model, 1, px, px, text_tokens)
+    known = {kind: reference(model, wide, arguments, kind == "adversarial") for kind in ("adversarial", "plain")}
+    trt_core.quantize_fp8_(model)
+    ours: Any = trt_core.compile_transformer(model, **options)
+    plain = call(ours, arguments)
+    yield {**forward_line("plain", plain, *known["plain"]), "segments": ours.trt_report().segments}
+    refill(ours, adversarial=True)
+    yield forward_line("adversarial", call(ours, arguments), *known["adversarial"])
+    refill(ours, adversarial=False)
+    if not same_bits(call(ours, arguments), plain):
+        raise SystemExit("The same weights, bound again, gave another output.")
+    yield euler_line(ours, wide, arguments)
+    yield from lora_gain_lines(ours, wide, arguments)
+    del wide
+    yield lora_switch_line(ours, arguments)
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--px", type=int, default=512, help="side of the picture")
+    args = arguments.parse_args()
+    device, options = device_of(args.tiny), {"backend": args.backend, "cache_folder": args.cache}
+    px, text_tokens, changes = (TINY_PX, TINY_TEXT_TOKENS, TINY) if args.tiny else (args.px, 512, {})
+    lines = measure(device, px, text_tokens, options, changes)
+    write(args, ({**line, "height_px": px, "width_px": px, "text_tokens": text_tokens} for line in lines))
+
+
+if __name__ == "__main__":
+    main()
