@@ -1,6 +1,6 @@
 """Which linear layers run in FP8, and the scales of what goes into them: a recipe, planned without touching a weight.
 
-FP8 is E4M3 here: values up to 448, a step of about 6 % at every size. Names are BFL's, without ".weight":
+FP8 is E4M3 here: values up to 448, each rounded by up to 6 %, whatever its size. Names are BFL's, without ".weight":
 `double_blocks.0.img_attn.qkv`, `single_blocks.3.linear1`, `single_blocks.3.modulation.lin`.
 """
 
