@@ -1,0 +1,143 @@
+"""The README's tables and the plot say what the committed lines say, and nothing where there are none."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import plot, report
+
+SVG = "{http://www.w3.org/2000/svg}"
+MARKS = ("benchmark", "comfyui benchmark", "growth benchmark", "profile benchmark")
+EMPTY = "\n\n".join(f"Words.\n\n<!-- {mark}:begin -->\n\n<!-- {mark}:end -->" for mark in MARKS) + "\nEnd.\n"
+ABOUT = {"run": "r1", "gpu": "GPU X", "driver": "1.2", "versions": {"torch": "9.9", "tensorrt": "none"}}
+
+
+def step(precision: str, px: int, ms: float, **changes: Any) -> dict[str, Any]:
+    return {"kind": "step", "precision": precision, "height_px": px, "width_px": px, "text_tokens": 512, "batch": 1,
+            "step_ms": ms, "bytes_above_weights": 2_500_000_000, **ABOUT, **changes}  # fmt: skip
+
+
+def lora(precision: str, rank: int, ms: float, **changes: Any) -> dict[str, Any]:
+    return {"kind": "lora", "precision": precision, "lora_rank": rank, "loras": 1, "lora_refit_ms": ms / 2,
+            "lora_switch_ms": ms, **ABOUT, **changes}  # fmt: skip
+
+
+PROFILE = {
+    "precision": "fp8", "backend": "auto", "height_px": 1024, "text_tokens": 512, "batch": 1, "step_ms": 90.0,
+    "idle_share": 0.021, "floor_ms": 60.0, "other": {}, **ABOUT,
+    "classes": {"GEMM": {"ms": 50.0, "launches": 200.0, "share": 50 / 90, "floor_ms": 40.0},
+                "copies, memsets": {"ms": 1.0, "launches": 9.0, "share": 1 / 90, "floor_ms": 0.0},
+                "other": {"ms": 0.5, "launches": 3.0, "share": 0.5 / 90}},
+}  # fmt: skip
+GROWTH = [
+    step("bf16", 1024, 99.0), step("bf16", 1024, 120.0), step("bf16", 2048, 800.25), step("fp8", 1024, 80.0),
+    step("fp8", 1024, 640.0, batch=8), {**step("bf16", 1024, 0.0, batch=8), "skipped": "CUDA out of memory."},
+    lora("bf16", 16, 30.0), lora("bf16", 128, 60.0), lora("bf16", 16, 90.0, loras=8),
+]  # fmt: skip
+
+
+def place(results: Path, **files: list[dict[str, Any]]) -> Path:
+    for folder, lines in files.items():
+        (results / folder).mkdir(parents=True)
+        (results / folder / "gpu-x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results.mkdir(exist_ok=True)
+    return results
+
+
+def part(readme: str, mark: str) -> str:
+    return readme.split(f"<!-- {mark}:begin -->")[1].split(f"<!-- {mark}:end -->")[0].strip()
+
+
+def test_the_committed_readme_and_plot_are_up_to_date() -> None:
+    assert list(report.stale(report.ROOT / "README.md", report.RESULTS)) == []
+
+
+def test_nothing_is_said_without_lines(tmp_path: Path) -> None:
+    results = place(tmp_path / "results", growth=[{**GROWTH[0], "tiny": True}], profile=[])
+    assert report.updated(EMPTY, results) == EMPTY
+    assert report.growth_plot(report.lines_of(results / "growth")) == ""
+
+
+def test_growth_tables_hold_the_last_line_of_each_case(tmp_path: Path) -> None:
+    text = part(report.updated(EMPTY, place(tmp_path / "results", growth=GROWTH)), "growth benchmark")
+    assert text.splitlines()[0] == "GPU X, driver 1.2, torch 9.9."
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("|")]
+    assert rows[0] == ["batch", "text tokens", "picture, px per side", "bf16, ms per step", "bf16, GB above weights",
+                       "FP8, ms per step", "FP8, GB above weights", "run"]  # fmt: skip
+    assert ["1", "512", "1024", "120.0", "2.5", "80.0", "2.5", "r1"] in rows
+    assert ["1", "512", "2048", "800.2", "2.5", "", "", "r1"] in rows
+    assert ["8", "512", "1024", "does not fit", "does not fit", "640.0", "2.5", "r1"] in rows
+    assert ["8", "16", "90", "45", "r1"] in rows
+    assert text.endswith("(benchmarks/results/growth.svg)")
+
+
+def test_the_profile_table(tmp_path: Path) -> None:
+    text = part(report.updated(EMPTY, place(tmp_path / "results", profile=[PROFILE])), "profile benchmark")
+    assert "90.0 ms per step, 1.50 times the floor; the GPU idles 2.1%. Run r1." in text
+    assert "| GEMM | 50.00 | 55.6% | 40.00 | 1.25 | 200 |" in text
+    assert "| copies, memsets | 1.00 | 1.1% | 0.00 |  | 9 |" in text
+    assert "| other | 0.50 | 0.6% |  |  | 3 |" in text
+
+
+def test_check_sees_a_stale_readme_and_a_stale_plot(tmp_path: Path) -> None:
+    readme, results = tmp_path / "README.md", place(tmp_path / "results", growth=GROWTH)
+    readme.write_text(EMPTY)
+    with pytest.raises(SystemExit, match=r"README.md, growth.svg: not up to date"):
+        report.main(["--check"], readme, results)
+    report.main([], readme, results)
+    with pytest.raises(SystemExit) as done:
+        report.main(["--check"], readme, results)
+    assert done.value.code == 0
+    image = results / "growth.svg"
+    image.write_text(image.read_text().replace("LoRA rank", "Lora rank"))
+    with pytest.raises(SystemExit, match=r"^growth.svg: not up to date"):
+        report.main(["--check"], readme, results)
+    (results / "growth/gpu-x.jsonl").unlink()
+    report.main([], readme, results)
+    assert readme.read_text() == EMPTY
+    assert not image.exists()
+
+
+# -- the plot ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_plot_holds_the_points_and_names_its_units() -> None:
+    root = ElementTree.fromstring(report.growth_plot([GROWTH]))
+    words = {element.text for element in root.iter(f"{SVG}text")}
+    assert {"picture, megapixels", "step, ms", "LoRA rank", "switch, ms", "bf16", "FP8"} <= words
+    titles = [element.text for element in root.iter(f"{SVG}title")][1:]
+    assert titles == ["1024 x 1024 px: 120.0 ms", "2048 x 2048 px: 800.2 ms", "1024 x 1024 px: 80.0 ms",
+                      "16: 30.0 ms", "128: 60.0 ms"]  # fmt: skip
+    steps, _, loras = (element.get("points", "") for element in root.iter(f"{SVG}polyline"))
+    (_, low), (_, high) = (map(float, point.split(",")) for point in steps.split())
+    bottom = plot.HEIGHT - plot.BOTTOM
+    assert (bottom - high) / (bottom - low) == pytest.approx(800.25 / 120, rel=1e-2), "from zero, in proportion"
+    assert float(loras.split()[1].split(",")[0]) <= plot.WIDTH - plot.RIGHT
+
+
+def test_the_plot_has_both_modes_in_one_file() -> None:
+    text = report.growth_plot([GROWTH])
+    assert text == report.growth_plot([GROWTH])
+    light, dark = text.split("@media (prefers-color-scheme:dark)")
+    for rule in (".page{fill:", "text{fill:", ".s0{stroke:", ".m1{fill:"):
+        assert rule in light
+        assert rule in dark
+
+
+def test_two_gpus_share_the_plot_under_their_names() -> None:
+    other = [{**line, "gpu": "GPU Y"} for line in GROWTH]
+    words = {e.text for e in ElementTree.fromstring(report.growth_plot([GROWTH, other])).iter(f"{SVG}text")}
+    assert {"GPU X, bf16", "GPU Y, FP8"} <= words
+
+
+@pytest.mark.parametrize(
+    ("largest", "expected"),
+    [(4.19, [0, 1, 2, 3, 4, 5]), (128, [0, 50, 100, 150]), (800.25, [0, 200, 400, 600, 800, 1000]), (0, [0, 1])],
+)
+def test_ticks_are_round_and_reach_the_largest(largest: float, expected: list[float]) -> None:
+    assert plot.ticks(largest) == expected
