@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .compiled_state import CompiledState, architecture_of
+from .compiled_state import CompiledState
 from .config import CompileConfig
-from .diffusers_adapter import flux_class
+from .diffusers_adapter import architecture_of, flux_class
 from .errors import UnsupportedModel
 from .extras import Extras
 from .flux.architecture import FluxArchitecture

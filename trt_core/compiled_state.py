@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import CompileConfig
+from .diffusers_adapter import architecture_of
 from .diffusers_binding import DiffusersBinding, Slot
 from .eager_blocks import block_overrides, why_eager_blocks, why_eager_model
 from .errors import UnsupportedModel
@@ -24,12 +25,6 @@ from .peft_patches import read_patches
 from .weights import WeightPatches
 
 _LOG = logging.getLogger("trt_core.diffusers")
-
-
-def architecture_of(model: Any) -> FluxArchitecture:
-    """Read from attributes: diffusers widens a model for a control LoRA without changing the config's items."""
-    config = {name: getattr(model.config, name, value) for name, value in model.config.items()}
-    return FluxArchitecture.from_diffusers_config({**config, "out_channels": model.out_channels})
 
 
 class CompiledState:

@@ -13,6 +13,7 @@ from torch import nn
 
 from .config import Attention, Backend, BaseWeights, CompileConfig, Profile, choice
 from .errors import InvalidOption, UnsupportedModel
+from .flux.architecture import FluxArchitecture
 from .host import Progress
 
 
@@ -92,6 +93,12 @@ def _replace(pipe: Any, old: nn.Module, new: nn.Module) -> None:
     for name in ("transformer", "unet"):
         if getattr(pipe, name, None) is old:
             setattr(pipe, name, new)
+
+
+def architecture_of(model: Any) -> FluxArchitecture:
+    """Read from attributes: diffusers widens a model for a control LoRA without changing the config's items."""
+    config = {name: getattr(model.config, name, value) for name, value in model.config.items()}
+    return FluxArchitecture.from_diffusers_config({**config, "out_channels": model.out_channels})
 
 
 @functools.cache

@@ -52,12 +52,6 @@ def gather(model: nn.Module) -> None:
         )
 
 
-def is_fp8(recipe: Fp8Recipe, name: str) -> bool:
-    """Whether the BFL weight `name` is the matrix of an FP8 layer."""
-    layer, _, kind = name.rpartition(".")
-    return kind == "weight" and layer in recipe.linears
-
-
 def show_base(binding: DiffusersBinding) -> Callable[[str, Tensor], None]:
     """A function that lets the parameters of one weight show its base, wherever that has been put."""
     slots: dict[str, list[Slot]] = {}
@@ -80,7 +74,7 @@ class ChangedBases:
     """
 
     def __init__(self, slots: Sequence[Slot], recipe: Fp8Recipe) -> None:
-        self._slots = [slot for slot in slots if is_fp8(recipe, slot.name)]
+        self._slots = [slot for slot in slots if recipe.quantizes(slot.name)]
         self._versions = self._now()
 
     def changed(self) -> list[str]:
@@ -101,7 +95,7 @@ def moving(
     moved = move(torch.empty(0, dtype=model.dtype))
     if base_place(mode, arch, recipe, moved.device, given_there=False).where is BaseWeights.GPU:
         return move
-    kept = {id(slot.parameter()) for slot in find_slots(model, arch) if is_fp8(recipe, slot.name)}
+    kept = {id(slot.parameter()) for slot in find_slots(model, arch) if recipe.quantizes(slot.name)}
     return lambda tensor: tensor.to(moved.dtype) if id(tensor) in kept else move(tensor)
 
 

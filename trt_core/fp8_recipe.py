@@ -97,6 +97,11 @@ class Fp8Recipe:
         """The linears whose input is quantized too: all but modulations."""
         return frozenset(name for name in self.linears if not is_modulation(name))
 
+    def quantizes(self, weight: str) -> bool:
+        """Whether `weight` ("double_blocks.0.img_attn.qkv.weight") is the matrix of one of these layers."""
+        layer, _, kind = weight.rpartition(".")
+        return kind == "weight" and layer in self.linears
+
     def input_limit(self, name: str) -> float:
         """The largest input of a layer that its static scale can hold; `InvalidOption` where the scale is dynamic."""
         if name not in self.input_amax:

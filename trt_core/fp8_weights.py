@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,12 @@ from .base_storage import GPU_RESERVE_BYTES, BaseSource
 from .config import BaseWeights
 from .flux import fp8
 from .flux.architecture import FluxArchitecture
-from .flux.precision import FP8, INPUT_SCALE, SCALE
 from .flux.weights import weight_shapes
-from .fp8_recipe import Fp8Recipe, Granularity
+from .fp8_recipe import Fp8Recipe
 from .host_slabs import HostSlabs, piece_bytes
 from .lora.changes import Additive, Patch, merged
-from .weights import BoundWeights, disjoint
+from .quantized_weights import QuantizedWeights, scale_name
+from .weights import disjoint
 
 Placed = Callable[[str, Tensor], None]
 """(name, base): where the base of a weight is from now on."""
@@ -32,7 +32,7 @@ class BasePlace:
     bytes: int
 
 
-class Fp8Weights(BoundWeights):
+class Fp8Weights(QuantizedWeights):
     """FP8 matrices with their scales, and everything else as it is.
 
     Merged = round_fp8(base + delta) with a scale of its own for every row (or matrix): a change of half a percent
@@ -47,52 +47,33 @@ class Fp8Weights(BoundWeights):
         bases, on the GPU or in pinned host memory, stays the base itself. `placed` is told each base at once.
 
         With a `source` no bases are kept where host memory is not spare: they are read from there at each refit."""
-        self._recipe, self._per_row = recipe, recipe.config.granularity is Granularity.ROW
+        self._recipe = recipe
         self._originals: dict[str, Tensor | None] = {}
         """None: read from the source."""
+        self._matrices = self._originals
         self._source, kept = source, source is None or not _is_better(source, place, device)
         # Their own: bases of an earlier binding may still be in use, as the parameters of a diffusers model.
         self._slabs, self._to_place_bytes = HostSlabs(), place.bytes
         tensors: dict[str, Tensor] = {}
         for name, tensor in weights:
-            if self._is_fp8(name):
+            if recipe.quantizes(name):
                 self._dtype = tensor.dtype
                 tensors |= self._new(name, tensor, device)
                 base = self._placed(tensor, place.where, device) if kept else tensor
                 self._originals[name] = base if kept else None
-                self._quantize(name, tensor.to(device), tensors)
+                self._quantize(tensor.to(device), (tensors[name], tensors[scale_name(name)]))
             else:
                 tensors[name] = base = tensor.to(device)
             if placed is not None:
                 placed(name, base)
         super().__init__(tensors, place.where, HostSlabs())
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._dtype
-
     def base(self, name: str) -> Tensor:
         return self._original(name) if name in self._originals else super().base(name)
 
-    def readable(self, name: str) -> Tensor | None:
-        if name not in self._originals:
-            return super().readable(name)
-        return fp8.dequantize(self.tensors[name], self.tensors[_scale(name)], self._dtype)
-
-    @property
-    def base_names(self) -> list[str]:
-        """BFL names of the weights as they were given, without the scales."""
-        return [name for name in self.tensors if not name.endswith((f".{SCALE}", f".{INPUT_SCALE}"))]
-
-    def outlines(self) -> dict[str, Tensor]:
-        """What stands for the weights where only shape and dtype count: no base is read for it."""
-        return {
-            name: self._outline(name) if name in self._originals else self.tensors[name] for name in self.base_names
-        }
-
     def _outline(self, name: str) -> Tensor:
         base = self._originals[name]
-        return torch.empty(self.tensors[name].shape, dtype=self._dtype, device="meta") if base is None else base
+        return super()._outline(name) if base is None else base
 
     def free_base_gpu(self, wanted_bytes: float) -> int:
         freed = super().free_base_gpu(wanted_bytes)
@@ -120,21 +101,14 @@ class Fp8Weights(BoundWeights):
             if name not in self._applied:
                 self._write(name, ())
 
-    def _is_fp8(self, name: str) -> bool:
-        layer, _, kind = name.rpartition(".")
-        return kind == "weight" and layer in self._recipe.linears
-
     def _new(self, name: str, tensor: Tensor, device: torch.device) -> dict[str, Tensor]:
         """The bound tensors of one FP8 weight, not yet written."""
-        layer = name.removesuffix(".weight")
         scale_shape = (tensor.shape[0], 1) if self._per_row else (1,)
-        found = {
-            name: torch.empty(tensor.shape, dtype=FP8, device=device),
-            _scale(name): torch.empty(scale_shape, dtype=torch.float32, device=device),
+        return {
+            name: torch.empty(tensor.shape, dtype=fp8.FP8, device=device),
+            scale_name(name): torch.empty(scale_shape, dtype=torch.float32, device=device),
+            **self._input_scale(name, device),
         }
-        if layer in self._recipe.input_amax:
-            found[f"{layer}.{INPUT_SCALE}"] = torch.full((1,), self._recipe.input_scale(layer), device=device)
-        return found
 
     def _placed(self, tensor: Tensor, place: BaseWeights, device: torch.device) -> Tensor:
         if place is BaseWeights.HOST and not tensor.is_pinned():
@@ -166,31 +140,17 @@ class Fp8Weights(BoundWeights):
             return
         base = self._original(name).to(self.device, non_blocking=True)
         if not disjoint(patches):
-            self._quantize(name, merged(base, patches))
+            self._quantize(merged(base, patches), self._bound(name))
         elif self._per_row:
             for start, stop, patch in _row_ranges(base.shape[0], patches):
                 self._quantize_rows(name, base, start, stop, patch)
         else:
-            self._quantize(name, merged(base, patches) if patches else base)
-
-    def _quantize(self, name: str, value: Tensor, tensors: Mapping[str, Tensor] | None = None) -> None:
-        tensors = tensors or self.tensors
-        out = (tensors[name], tensors[_scale(name)])
-        fp8.merge_quantize(value, None, 1.0, out, per_row=self._per_row)
+            self._quantize(merged(base, patches) if patches else base, self._bound(name))
 
     def _quantize_rows(self, name: str, base: Tensor, start: int, stop: int, patch: tuple[Patch, float] | None) -> None:
-        out = (self.tensors[name][start:stop], self.tensors[_scale(name)][start:stop])
+        weight, scale = self._bound(name)
         delta, factor = _delta(patch, base[start:stop])
-        fp8.merge_quantize(base[start:stop], delta, factor, out)
-
-    def _put(self, name: str, value: Tensor) -> None:
-        if name not in self._originals:
-            super()._put(name, value)
-            return
-        out = tuple(torch.empty_like(t, device="cpu") for t in (self.tensors[name], self.tensors[_scale(name)]))
-        fp8.merge_quantize(value, None, 1.0, out, per_row=self._per_row)
-        self.tensors[name].copy_(out[0])
-        self.tensors[_scale(name)].copy_(out[1])
+        fp8.merge_quantize(base[start:stop], delta, factor, (weight[start:stop], scale[start:stop]))
 
 
 def base_place(
@@ -215,10 +175,6 @@ def _is_better(source: BaseSource, place: BasePlace, device: torch.device) -> bo
     """Whether bases are read from the source: they would be in host memory, which has no room for them or is no
     faster."""
     return device.type != "cuda" or (place.where is BaseWeights.HOST and source.spare_host_bytes() < place.bytes)
-
-
-def _scale(name: str) -> str:
-    return f"{name.removesuffix('weight')}{SCALE}"
 
 
 def _row_ranges(

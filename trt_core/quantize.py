@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import Calibration, collect_input_amax, counted, feed_of, require_calls
-from .diffusers_adapter import flux_class, restore_transformer
+from .diffusers_adapter import architecture_of, flux_class, restore_transformer
 from .errors import InvalidOption, MissingDependency, UnsupportedModel
 from .flux.architecture import FluxArchitecture
 from .fp8_recipe import (
@@ -141,13 +141,8 @@ def flux_transformer(model: Any) -> nn.Module:
 
 
 def flux_architecture(model: Any) -> FluxArchitecture:
-    """The numbers of a pipeline's transformer, which `save_recipe` and `load_recipe` ask for.
-
-    Read from attributes: diffusers widens a model for a control LoRA without changing the config's items.
-    """
-    transformer: Any = flux_transformer(model)
-    config = {name: getattr(transformer.config, name, value) for name, value in transformer.config.items()}
-    return FluxArchitecture.from_diffusers_config({**config, "out_channels": transformer.out_channels})
+    """The numbers of a pipeline's transformer, which `save_recipe` and `load_recipe` ask for."""
+    return architecture_of(flux_transformer(model))
 
 
 def _dynamic(arch: FluxArchitecture, config: Fp8Config, calibration: Calibration | None) -> Fp8Recipe:

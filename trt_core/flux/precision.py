@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fp8 import FP8
 from .linear import Fp8Weight, Weight
 
-FP8 = torch.float8_e4m3fn
 SCALE, INPUT_SCALE = "weight_scale", "input_scale"
 """Names that ComfyUI's scaled FP8 checkpoints use, beside "weight"."""
 
