@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 
 import torch
@@ -36,16 +37,17 @@ class Shapes:
     masked: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Bound:
-    """What is bound: dtype and device that blocks compute in, and the precision of each block."""
+    """What is bound: dtype and device that blocks compute in, and the precision of each block. Made once per binding:
+    every step asks for its blocks with it, and comparing 57 precisions would cost each of them."""
 
     dtype: torch.dtype
     device: torch.device
     double: tuple[Precision, ...]
     single: tuple[Precision, ...]
 
-    @property
+    @cached_property
     def pairs(self) -> list[tuple[Precision, Precision]]:
         """Every precision of either kind, in pairs that are compiled together: one pair unless layers are excluded."""
         double, single = list(dict.fromkeys(self.double)) or [PLAIN], list(dict.fromkeys(self.single)) or [PLAIN]
@@ -71,7 +73,9 @@ class Compilation:
     def __init__(self, arch: FluxArchitecture, config: CompileConfig) -> None:
         self._arch, self._config, self._cache = arch, config, EngineCache(config.cache_folder)
         self._compiled: dict[tuple[Layout | None, Precision, Precision], CompiledBlocks] = {}
-        self._blocks: dict[tuple[Layout | None, Bound], Blocks] = {}
+        self._blocks: dict[Layout | None, Blocks] = {}
+        self._bound: Bound | None = None
+        """What `_blocks` are for."""
         self.build_seconds, self.builds = 0.0, 0
 
     def reconfigure(self, config: CompileConfig) -> None:
@@ -87,14 +91,16 @@ class Compilation:
         """The blocks for these shapes, compiled now where they are not."""
         layout = self._layout(bound, shapes)
         fitting = [self._fitting((layout, *pair), bound, shapes, samples, progress) for pair in bound.pairs]
-        key = (layout, bound)
-        if key not in self._blocks:
+        if bound is not self._bound:
+            self._blocks.clear()
+            self._bound = bound
+        if layout not in self._blocks:
             double = {pair[0]: compiled.double for pair, compiled in zip(bound.pairs, fitting, strict=True)}
             single = {pair[1]: compiled.single for pair, compiled in zip(bound.pairs, fitting, strict=True)}
-            self._blocks[key] = Blocks(
+            self._blocks[layout] = Blocks(
                 [double[p] for p in bound.double], [single[p] for p in bound.single], fitting[0]
             )  # fmt: skip
-        return self._blocks[key]
+        return self._blocks[layout]
 
     def words(self) -> dict[str, str]:
         """Segment name -> backend and how its kind of block is cut; several variants of one (masks, excluded layers)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .base_storage import BaseSource
 from .block_precisions import BlockPrecisions
 from .block_runner import BlockRunner
-from .compilation import Blocks, Bound, Compilation, Shapes
+from .compilation import Blocks, Bound, Compilation, Samples, Shapes
 from .config import CompileConfig
 from .errors import TRTError
 from .execution import BlockWeights, DoubleBlock, Pe, SingleBlock
@@ -59,7 +59,9 @@ class MutableTRTModule:
         self._slabs, self._base_source = HostSlabs(), base_source
         self._compilation = Compilation(arch, self.config)
         self._weights: BoundWeights | None = None
-        self._precisions, self._ranges = BlockPrecisions.plain(arch), RangeCheck(arch)
+        self._bound: Bound | None = None
+        self._samples: Samples = {}
+        self._ranges = RangeCheck(arch)
         self._double_weights: list[BlockWeights] = []
         self._single_weights: list[BlockWeights] = []
         self._scale_first = False
@@ -138,9 +140,11 @@ class MutableTRTModule:
         if kind != self._compiled_kind:
             self._compilation.close()
         self._weights, self._compiled_kind = weights, kind
-        self._precisions = BlockPrecisions.of(self.arch, fp8)
-        self._double_weights, self._single_weights = self._precisions.weights(weights.tensors)
-        self._ranges = RangeCheck.of(self.arch, fp8, self._precisions, weights.tensors)
+        precisions = BlockPrecisions.of(self.arch, fp8)
+        self._bound = Bound(weights.dtype, weights.device, precisions.double, precisions.single)
+        self._double_weights, self._single_weights = precisions.weights(weights.tensors)
+        self._samples = precisions.samples(self._double_weights, self._single_weights)
+        self._ranges = RangeCheck.of(self.arch, fp8, precisions, weights.tensors)
         self.state = ModuleState.LOADED if self._compilation.empty else ModuleState.READY
 
     @property
@@ -184,7 +188,8 @@ class MutableTRTModule:
         self.state = ModuleState.CLOSED
 
     def _let_go(self) -> None:
-        self._weights, self._ranges = None, RangeCheck(self.arch)
+        self._weights, self._bound, self._samples = None, None, {}
+        self._ranges = RangeCheck(self.arch)
         self._double_weights, self._single_weights = [], []
 
     # -- the call --------------------------------------------------------------------------------------------------
@@ -264,10 +269,10 @@ class MutableTRTModule:
     def blocks_for(self, batch: int, img_tokens: int, txt_tokens: int, masked: bool = False) -> Blocks:
         """How each block runs for these shapes, compiled now where it is not."""
         self._refuse_closed()
-        weights = self.weights
-        bound = Bound(weights.dtype, weights.device, self._precisions.double, self._precisions.single)
-        samples = self._precisions.samples(self._double_weights, self._single_weights)
-        blocks = self._compilation.blocks(bound, Shapes(batch, img_tokens, txt_tokens, masked), samples, self.progress)
+        if self._bound is None:
+            raise TRTError("No weights are bound.", fix="Call load() first.")
+        shapes = Shapes(batch, img_tokens, txt_tokens, masked)
+        blocks = self._compilation.blocks(self._bound, shapes, self._samples, self.progress)
         self.state = ModuleState.READY
         return self._ranges.watched(blocks)
 
