@@ -10,7 +10,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -34,6 +33,7 @@ from tests.comfy.tensors import relative_error
 
 from . import comfyui_graph as parts
 from .comfyui_graph import Case, Files, GpuMemory, Workflow
+from .run import file_name
 
 # A folder of its own: benchmarks.report makes the README's table from every file in the one above.
 RESULTS = Path(__file__).parent / "results" / "comfyui"
@@ -206,9 +206,9 @@ def _complete(case: Case, args: argparse.Namespace, measured: dict[str, Any], ab
 
 
 def _append(folder: Path, line: dict[str, Any]) -> None:
-    gpu = "cpu" if line["gpu"] == "none" else re.sub(r"[^a-z0-9]+", "-", line["gpu"].lower()).strip("-")
+    gpu = "cpu" if line["gpu"] == "none" else line["gpu"]
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"comfyui-{gpu}.jsonl").open("a") as file:
+    with (folder / f"comfyui-{file_name(gpu)}").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 

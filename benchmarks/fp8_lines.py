@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .run import RESULTS, machine
+from .run import RESULTS, file_name, machine
 
 TINY = {
     "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 64, "num_attention_heads": 4,
@@ -25,7 +24,7 @@ Line = dict[str, Any]
 
 def append(folder: Path, lines: Sequence[Line], about: Line) -> Path:
     """Adds lines to the file of this GPU."""
-    path = folder / (re.sub(r"[^a-z0-9]+", "-", about["gpu"].lower()).strip("-") + ".jsonl")
+    path = folder / file_name(about["gpu"])
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps({**line, **about}) + "\n" for line in lines)

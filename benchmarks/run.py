@@ -66,6 +66,11 @@ def ratios(lines: list[dict[str, Any]], known: list[dict[str, Any]]) -> None:
                 line["ratio_to_eager"] = line["step_ms"] / other["step_ms"]
 
 
+def file_name(gpu: str) -> str:
+    """The name of a GPU's results file."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".jsonl"
+
+
 def machine() -> dict[str, Any]:
     """GPU, driver and versions, asked in a process of its own so that this one holds no GPU memory."""
     code = "import json; from trt_core.gpu import environment; print(json.dumps(environment()))"
@@ -90,7 +95,7 @@ def main() -> None:
     folder = args.folder or Path(tempfile.mkdtemp(prefix="flux_benchmark_"))
     folder.mkdir(parents=True, exist_ok=True)
     about = machine()
-    path = args.results / (re.sub(r"[^a-z0-9]+", "-", about["gpu"].lower()).strip("-") + ".jsonl")
+    path = args.results / file_name(about["gpu"])
     path.parent.mkdir(parents=True, exist_ok=True)
     known = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
     if not (folder / "reference_adversarial.pt").exists():
