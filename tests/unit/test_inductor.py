@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo import pgo
 from torch._dynamo.utils import counters
 
 from tests.unit.bound_weights import low_rank, one
@@ -25,7 +26,9 @@ from trt_core.backends.inductor import InductorSegment, why_not_inductor
 from trt_core.config import Backend, Profile
 from trt_core.errors import BuildFailed, MissingDependency
 from trt_core.flux.architecture import FluxArchitecture
+from trt_core.flux.attention import attend
 from trt_core.flux.catalogue import SegmentName, segment
+from trt_core.flux.precision import Precision
 
 CPU = torch.device("cpu")
 SMALL = {"double": 1, "single": 1, "head_dim": 16}
@@ -108,3 +111,19 @@ def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.Monke
         MissingDependency, match=r'backend="inductor" cannot be used here: no C compiler.*backend="auto"'
     ):
         run(module, call_inputs(model))
+
+
+def test_what_dynamo_remembers_of_one_segment_does_not_change_another() -> None:
+    """FP8's blocks of both kinds come from one line of source: their weights keep constant sizes all the same."""
+    before = set(pgo.get_code_state())
+    arch = FluxArchitecture.from_shapes(shapes_of(bfl_weights(tiny_transformer(**SMALL))))
+    fp8 = Precision(frozenset({"img_mlp.0", "linear2"}))
+    for name in (SegmentName.DOUBLE_BLOCK, SegmentName.SINGLE_BLOCK):
+        described = segment(name, arch, attend, fp8)
+        asked = Request(described, torch.float32, CPU, Profile.around(1, 24, 8), described.function, fp8)
+        InductorSegment(asked)(*described.random_inputs(1, 24, 8, torch.float32, CPU))
+    states = [state for code, state in pgo.get_code_state().items() if code not in before]
+    sizes = [entry.size for state in states for entry in state.automatic_dynamic.values()]
+    assert len(states) >= 2
+    assert any(isinstance(size, tuple) and len(size) == 2 for size in sizes), "no weight was seen"
+    assert not any(isinstance(size, tuple) and pgo.auto_dynamic in size for size in sizes)

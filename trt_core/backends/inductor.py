@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import shutil
 import types
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from .base import Request
 
 _OPTIONS = {"compile_threads": 4}
 """Inductor's own number is one process per core; a block has about ten kernels, and each process costs host memory."""
+
+_COPIES = itertools.count()
 
 
 def why_not_inductor(device: torch.device) -> str | None:
@@ -44,7 +47,8 @@ class InductorSegment:
         self._dynamic = _dynamic_axes(request.segment)
         self._seen: set[tuple[int, ...]] = set()
         load_kernels()
-        self._compiled = torch.compile(_private_copy(request.segment.function), fullgraph=True, options=_OPTIONS)
+        function = _private_copy(request.segment.function, request.segment.name.value)
+        self._compiled = torch.compile(function, fullgraph=True, options=_OPTIONS)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         shape = tuple(tensors[0].shape)
@@ -80,11 +84,16 @@ def _dynamic_axes(segment: Segment) -> list[tuple[int, int]]:
     ]
 
 
-def _private_copy(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a code object of its own: Dynamo counts recompilations per code object, and two models of
-    different sizes in one process would otherwise share one budget of eight."""
+def _private_copy(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The function with a code object, and a name, of its own.
+
+    Dynamo counts recompilations per code object: two models of different sizes in one process would share one budget of
+    eight. And it remembers sizes per file, line and name of the code: FP8's blocks of both kinds come from one line, so
+    that after the first of them every axis of the other's weights counted as one that varies, and PyTorch 2.11 failed
+    on a double block with a `KeyError`.
+    """
     copied = types.FunctionType(
-        function.__code__.replace(co_name=f"{function.__name__}_segment"),
+        function.__code__.replace(co_name=f"{name}_{next(_COPIES)}"),
         function.__globals__,
         function.__name__,
         function.__defaults__,
