@@ -162,3 +162,18 @@ def test_slug_is_a_safe_folder_name(name: str, slug: str) -> None:
 )
 def test_major_minor(version: str, short: str) -> None:
     assert gpu.major_minor(version) == short
+
+
+def test_packages_are_found_as_importlib_finds_them(site: Path) -> None:
+    """The quick search must not change what plans belong to: names with a list of packages, and without one."""
+    install(site, "torch-tensorrt-rtx", "2.11.0", "torch_tensorrt")
+    install(site, "tensorrt_rtx_cu12_bindings", "1.4.0.76", "tensorrt_rtx_bindings", "tensorrt_rtx")
+    install(site, "torch", "2.11.0", "torch", "torchgen", "functorch")
+    install(site, "triton-windows", "3.6.0", "triton")
+    install(site, "numpy", "2.3", "numpy")
+    for info in site.glob("t*.dist-info"):
+        (info / "top_level.txt").unlink()
+    expected = importlib.metadata.packages_distributions()
+    assert expected.pop("numpy") == ["numpy"]
+    assert gpu._providers() == expected
+    assert gpu.installed_packages()["triton"] == "3.6.0"
