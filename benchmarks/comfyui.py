@@ -7,7 +7,6 @@ the same sequence: no LoRA, A, B, B at another strength, none, with repeats; one
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import shlex
@@ -33,7 +32,7 @@ from tests.comfy.tensors import relative_error
 
 from . import comfyui_graph as parts
 from .comfyui_graph import Case, Files, GpuMemory, Workflow
-from .run import file_name
+from .lines import append, file_name
 
 # A folder of its own: benchmarks.report makes the README's table from every file in the one above.
 RESULTS = Path(__file__).parent / "results" / "comfyui"
@@ -207,9 +206,7 @@ def _complete(case: Case, args: argparse.Namespace, measured: dict[str, Any], ab
 
 def _append(folder: Path, line: dict[str, Any]) -> None:
     gpu = "cpu" if line["gpu"] == "none" else line["gpu"]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"comfyui-{file_name(gpu)}").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append(folder / f"comfyui-{file_name(gpu)}", line)
 
 
 @contextmanager

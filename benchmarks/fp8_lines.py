@@ -8,26 +8,25 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from .run import RESULTS, file_name, machine
+from .lines import RESULTS, Line, file_name
+from .lines import append as append_line
+from .run import machine
 
 TINY = {
     "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 64, "num_attention_heads": 4,
     "joint_attention_dim": 64, "pooled_projection_dim": 32, "axes_dims_rope": (16, 24, 24),
 }  # fmt: skip
 TINY_PX, TINY_TEXT_TOKENS = 64, 8
-Line = dict[str, Any]
 
 
 def append(folder: Path, lines: Sequence[Line], about: Line) -> Path:
     """Adds lines to the file of this GPU."""
     path = folder / file_name(about["gpu"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps({**line, **about}) + "\n" for line in lines)
+    for line in lines:
+        append_line(path, {**line, **about})
     return path
 
 

@@ -35,20 +35,8 @@ def lora_calls(arguments: dict[str, Tensor], number: int) -> list[dict[str, Tens
     return found
 
 
-@torch.no_grad()
-def merge(model: Any, wide: Any, name: str) -> None:
-    """Weights of the fp32 model become base + LoRA at its strength of now, from PEFT's own factors and in fp32."""
-    from peft.tuners.lora import LoraLayer
-
-    for path, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            delta = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float()
-            base = layer.base_layer.weight.float()
-            wide.get_submodule(path).weight.copy_(base + delta * layer.scaling[name])
-
-
 def lora_gain_lines(ours: Any, wide: Any, arguments: dict[str, Tensor]) -> Iterator[Line]:
-    """Adds the adapters, which stay; the fp32 model ends with the last of them merged."""
+    """Adds the adapters, which stay. `wide` reads the same adapters as `ours` and widens them."""
     calls = lora_calls(arguments, max(LORA_CALLS.values()))
     before = [(call(ours, one).float(), call(wide, exact(one))) for one in calls]
     for size, number in LORA_CALLS.items():
@@ -65,7 +53,6 @@ def changed(
     ours: Any, wide: Any, size: float, strength: float, calls: Sequence[dict[str, Tensor]], before: Sequence[Change]
 ) -> list[Change]:
     ours.set_adapters(lora_name(size), strength)
-    merge(ours, wide, lora_name(size))
     return [
         (call(ours, one).float() - y0, call(wide, exact(one)) - r0)
         for one, (y0, r0) in zip(calls, before[: len(calls)], strict=True)

@@ -3,13 +3,13 @@
 Random weights with residual branches at a gain of 0.05: at 0.2, bf16 alone is off by 4 % on adversarial weights, while
 a trained model's bf16 is off by about 1 %, so that all that rounds would look as bad as nothing real does.
 
-GPU memory held: the model in fp32 (48 GB) and in bf16 (24 GB), its FP8 copy (12 GB); while LoRAs are switched, a second
-FP8 copy instead of the fp32 model.
+GPU memory held: the model in bf16 (24 GB), which fp32 reads too, its FP8 copy (12 GB), and a second FP8 copy while
+LoRAs are switched. Bases stay on the GPU: in host memory every change of weights would go through the CPU. The lines
+that say most come first.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,8 +21,9 @@ from . import model as models
 from .fake_quant import fake_quantized
 from .fp8_calls import at, call, cosine, exact, same_bits
 from .fp8_lines import TINY, TINY_PX, TINY_TEXT_TOKENS, Line, device_of, parser, write
-from .fp8_loras import lora_gain_lines, lora_switch_line
+from .fp8_loras import LORA_CALLS, lora_gain_lines, lora_name, lora_switch_line
 from .process import relative
+from .wide import widened
 
 BRANCH_GAIN = 0.05
 STEPS = 20
@@ -32,9 +33,8 @@ STEPS = 20
 
 
 def reference(model: Any, wide: Any, arguments: dict[str, Tensor], adversarial: bool) -> tuple[Line, Tensor]:
-    """Fills both models with the same weights. Errors of eager PyTorch and of the simulation, and fp32's output."""
+    """Fills the model, whose weights `wide` reads. Errors of eager PyTorch and of the simulation, and fp32's output."""
     models.fill(model, adversarial, BRANCH_GAIN)
-    copy_weights(model, wide)
     truth, line = call(wide, exact(arguments)), {}
     seen = {"eager": call(model, arguments)}
     with fake_quantized(model):
@@ -44,12 +44,6 @@ def reference(model: Any, wide: Any, arguments: dict[str, Tensor], adversarial: 
     for name, output in seen.items():
         line |= {f"{name}_error": relative(output, truth), f"{name}_cosine": cosine(output, truth)}
     return line, truth
-
-
-@torch.no_grad()
-def copy_weights(model: Any, wide: Any) -> None:
-    for there, here in zip(wide.parameters(), model.parameters(), strict=True):
-        there.copy_(here)
 
 
 def forward_line(kind: str, seen: Tensor, line: Line, truth: Tensor) -> Line:
@@ -144,11 +138,11 @@ def measure(
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     model = models.full_size_transformer(device, BRANCH_GAIN, **changes)
-    wide = copy.deepcopy(model).float()
+    wide = widened(model)
     arguments = models.inputs(model, 1, px, px, text_tokens)
     known = {kind: reference(model, wide, arguments, kind == "adversarial") for kind in ("adversarial", "plain")}
     trt_core.quantize_fp8_(model)
-    ours: Any = trt_core.compile_transformer(model, **options)
+    ours: Any = trt_core.compile_transformer(model, base_weights="gpu", **options)
     plain = call(ours, arguments)
     yield {**forward_line("plain", plain, *known["plain"]), "segments": ours.trt_report().segments}
     refill(ours, adversarial=True)
@@ -156,10 +150,10 @@ def measure(
     refill(ours, adversarial=False)
     if not same_bits(call(ours, arguments), plain):
         raise SystemExit("The same weights, bound again, gave another output.")
-    yield euler_line(ours, wide, arguments)
     yield from lora_gain_lines(ours, wide, arguments)
-    del wide
     yield lora_switch_line(ours, arguments)
+    ours.delete_adapters([lora_name(size) for size in LORA_CALLS])
+    yield euler_line(ours, wide, arguments)
 
 
 def main() -> None:

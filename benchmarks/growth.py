@@ -26,7 +26,8 @@ from . import model as models
 from .fp8_budget import seconds
 from .fp8_calls import call
 from .fp8_lines import TINY, Line, append, device_of
-from .run import RESULTS, machine
+from .lines import RESULTS
+from .run import machine
 
 REPEATS, SWITCHES = 5, 4
 PRECISIONS = ("bf16", "fp8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,30 +33,36 @@ def full_size_transformer(device: torch.device, branch_gain: float = 0.2, **chan
 
 
 @torch.no_grad()
-def fill(model: nn.Module, adversarial: bool, branch_gain: float = 0.2) -> None:
-    """Writes random weights in place, the same for the same GPU and architecture.
+def fill(model: Any, adversarial: bool, branch_gain: float = 0.2) -> None:
+    """Writes random weights in place, the same for the same GPU and architecture, wherever they lie.
 
     Adversarial ones show what plain Gaussians hide: q/k gains of 3 (a sharp softmax), eight output channels 30 times
     larger than the rest in every residual branch, and large gates. `branch_gain` scales the last matrix of each
     residual branch: the smaller, the less the 57 blocks amplify a rounding.
     """
+    # Where the model computes: an FP8 model's bases may lie in host memory, whose generator makes other numbers, in
+    # minutes.
+    device = model.x_embedder.weight.device
     for index, (name, parameter) in enumerate(model.named_parameters()):
-        generator = torch.Generator(parameter.device).manual_seed(SEED * 100003 + index)
-        if parameter.ndim > 1:
-            # Residual branches at a fifth: 57 blocks at full strength amplify one rounding to half of the output, which
-            # would leave nothing to compare.
-            branch_end = name.endswith(_BRANCH_ENDS) and "blocks" in name
-            parameter.normal_(
-                0.0, (branch_gain if branch_end else 1.0) * parameter.shape[1] ** -0.5, generator=generator
-            )
-        else:
-            parameter.normal_(0.0, 0.1, generator=generator)
-        if "norm_q" in name or "norm_k" in name or "norm_added" in name:
-            parameter.mul_(2.0).add_(3.0 if adversarial else 1.0)
-        if adversarial and name.endswith(_BRANCH_ENDS) and "blocks" in name:
-            parameter[:8].mul_(30.0)
-        if adversarial and name.endswith((".linear.bias",)):
-            parameter.mul_(10.0)
+        generator = torch.Generator(device).manual_seed(SEED * 100003 + index)
+        values = parameter if parameter.device == device else torch.empty_like(parameter, device=device)
+        _fill_one(name, values, generator, adversarial, branch_gain)
+        if values is not parameter:
+            parameter.copy_(values)
+
+
+def _fill_one(name: str, values: Tensor, generator: torch.Generator, adversarial: bool, branch_gain: float) -> None:
+    # Residual branches at a fifth: 57 blocks at full strength amplify one rounding to half of the output, which would
+    # leave nothing to compare.
+    branch_end = name.endswith(_BRANCH_ENDS) and "blocks" in name
+    gain = branch_gain if branch_end else 1.0
+    values.normal_(0.0, gain * values.shape[1] ** -0.5 if values.ndim > 1 else 0.1, generator=generator)
+    if "norm_q" in name or "norm_k" in name or "norm_added" in name:
+        values.mul_(2.0).add_(3.0 if adversarial else 1.0)
+    if adversarial and branch_end:
+        values[:8].mul_(30.0)
+    if adversarial and name.endswith((".linear.bias",)):
+        values.mul_(10.0)
 
 
 def inputs(model: nn.Module, batch: int, height_px: int, width_px: int, text_tokens: int) -> dict[str, Tensor]:
@@ -91,9 +98,12 @@ def add_loras(model: Any, rank: int, names: tuple[str, ...] = ("a", "b"), size: 
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
+    device = model.x_embedder.weight.device
     for name in names:
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=_TARGET_PATTERN, init_lora_weights=False)
-        model.add_adapter(config, adapter_name=name)
+        # PEFT makes factors on the current device, with random numbers that are not used: seconds on a CPU.
+        with device if device.type == "cuda" else nullcontext():
+            model.add_adapter(config, adapter_name=name)
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     with torch.no_grad():
         for index, layer in enumerate(layers):

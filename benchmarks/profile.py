@@ -27,8 +27,9 @@ from .fp8_budget import wait
 from .fp8_calls import call
 from .fp8_lines import TINY, TINY_PX, TINY_TEXT_TOKENS, Line, append, device_of
 from .kernels import PEAKS, Call, Kind, floors, totals
+from .lines import RESULTS
 from .report import profile_rows, profile_title
-from .run import RESULTS, machine
+from .run import machine
 
 STEPS = 5
 """Profiled one after the other without waiting, as a sampler does, so that starting the first one does not count."""

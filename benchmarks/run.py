@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -13,9 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .lines import RESULTS, file_name
 from .scenarios import Scenario, named
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def child(job: dict[str, Any], limit_seconds: float) -> list[dict[str, Any]]:
@@ -64,11 +62,6 @@ def ratios(lines: list[dict[str, Any]], known: list[dict[str, Any]]) -> None:
             same = all(other.get(k) == line.get(k) for k in ("run", "batch", "height_px", "width_px", "text_tokens"))
             if other["scenario"] == "eager" and same and "step_ms" in other and "step_ms" in line:
                 line["ratio_to_eager"] = line["step_ms"] / other["step_ms"]
-
-
-def file_name(gpu: str) -> str:
-    """The name of a GPU's results file."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".jsonl"
 
 
 def machine() -> dict[str, Any]:

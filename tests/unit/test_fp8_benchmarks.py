@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import trt_core
 from benchmarks import fp8_budget, fp8_lines, fp8_loras, fp8_quality, model
+from benchmarks.fake_quant import fake_quantized
 from benchmarks.fp8_calls import at, call, exact
+from benchmarks.wide import widened
 from tests.unit.fp8_simulation import fused_layers
 from trt_core import diffusers_binding, fp8_model, host_slabs, mutable_module
 from trt_core.config import BaseWeights
@@ -42,6 +44,59 @@ def call_of(transformer: Any) -> dict[str, Tensor]:
 
 def wide_copy(transformer: Any) -> Any:
     return copy.deepcopy(transformer).float()
+
+
+# -- the reference in fp32 ---------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_the_model_in_fp32_bit_for_bit(small: Any) -> None:
+    wide = widened(small)
+    assert sum(p.numel() for p in wide.parameters()) < 1000, "it keeps no matrix"
+    for adversarial in (False, True):
+        model.fill(small, adversarial, fp8_quality.BRANCH_GAIN)
+        arguments = exact(call_of(small))
+        truth = call(wide_copy(small), arguments)
+        assert truth.dtype is torch.float32
+        assert torch.equal(call(wide, arguments), truth)
+
+
+def test_the_reference_merges_in_fp32_what_diffusers_fuses(small: Any) -> None:
+    """At the strength of now, one adapter or two; nothing where they are disabled."""
+    wide, plain = widened(small), wide_copy(small)
+    arguments = exact(call_of(small))
+    model.add_loras(small, 4, ("a", "b"), 0.05)
+    for names, strengths in ((["a"], [-0.5]), (["a", "b"], [1.0, 2.0])):
+        small.set_adapters(names, strengths)
+        theirs = wide_copy(small)
+        theirs.fuse_lora()
+        layer = theirs.transformer_blocks[0].attn.to_q
+        assert torch.allclose(wide.transformer_blocks[0].attn.to_q.weight, layer.base_layer.weight, atol=1e-6)
+        fused, base = call(theirs, arguments), call(plain, arguments)
+        assert float((call(wide, arguments) - fused).norm()) < 1e-4 * float((fused - base).norm())
+    small.disable_adapters()
+    assert torch.equal(call(wide, arguments), call(plain, arguments))
+
+
+def test_the_simulation_rounds_the_reference(small: Any) -> None:
+    wide, plain, arguments = widened(small), wide_copy(small), exact(call_of(small))
+    with fake_quantized(wide), fake_quantized(plain):
+        rounded = call(wide, arguments)
+        assert torch.equal(rounded, call(plain, arguments))
+    assert not torch.equal(call(wide, arguments), rounded)
+
+
+def test_weights_in_other_memory_are_filled_where_the_model_computes(
+    small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device plays the host, whose own random numbers would be others."""
+    before = {name: parameter.clone() for name, parameter in small.named_parameters()}
+    layer, copied = small.transformer_blocks[0].attn.to_q, []
+    layer.weight = there = torch.nn.Parameter(layer.weight.to("meta"), requires_grad=False)
+    monkeypatch.setattr(Tensor, "copy_", lambda self, values: copied.append(values.device))
+    model.fill(small, False, fp8_quality.BRANCH_GAIN)
+    assert copied == [CPU]
+    others = {name: parameter for name, parameter in small.named_parameters() if parameter is not there}
+    assert all(torch.equal(parameter, before[name]) for name, parameter in others.items())
 
 
 # -- models, calls and steps -------------------------------------------------------------------------------------------
@@ -114,9 +169,8 @@ def test_errors_that_repeat_are_told_from_noise(small: Any, fixed: bool) -> None
 
 
 def test_eager_as_if_it_were_fp8_is_measured_as_eager(small: Any) -> None:
-    wide, arguments = wide_copy(small), call_of(small)
-    line, truth = fp8_quality.reference(small, wide, arguments, adversarial=True)
-    assert all(torch.equal(p.float(), q) for p, q in zip(small.parameters(), wide.parameters(), strict=True))
+    arguments = call_of(small)
+    line, truth = fp8_quality.reference(small, widened(small), arguments, adversarial=True)
     seen = fp8_quality.forward_line("adversarial", call(small, arguments), line, truth)
     assert (seen["error"], seen["cosine"]) == (line["eager_error"], line["eager_cosine"])
     assert seen["ratio_to_simulated"] == line["eager_error"] / line["simulated_error"] < 1
@@ -137,18 +191,6 @@ def test_the_gain_is_the_part_that_arrives() -> None:
     assert abs(across["cosine"]) < 0.1
 
 
-def test_merged_weights_are_those_that_diffusers_fuses(small: Any) -> None:
-    wide = wide_copy(small)
-    model.add_loras(small, 4, ("a",), 0.05)
-    small.set_adapters("a", -0.5)
-    fp8_loras.merge(small, wide, "a")
-    theirs = wide_copy(small)
-    theirs.fuse_lora()
-    layer = theirs.transformer_blocks[0].attn.to_q
-    assert torch.allclose(wide.transformer_blocks[0].attn.to_q.weight, layer.base_layer.weight, atol=1e-6)
-    assert not torch.allclose(layer.base_layer.weight, small.transformer_blocks[0].attn.to_q.base_layer.weight.float())
-
-
 def test_a_single_bit_is_noticed(small: Any, tmp_path: Path) -> None:
     trt_core.quantize_fp8_(small)
     ours = trt_core.compile_transformer(small, cache_folder=str(tmp_path), **OPTIONS)
@@ -163,8 +205,8 @@ def test_a_single_bit_is_noticed(small: Any, tmp_path: Path) -> None:
 def test_every_kind_of_line(tmp_path: Path) -> None:
     options = {**OPTIONS, "cache_folder": str(tmp_path)}
     lines = list(fp8_quality.measure(CPU, 64, 8, options, SMALL))
-    assert [line["kind"] for line in lines] == ["forward"] * 2 + ["euler"] + ["lora_gain"] * 3 + ["lora_switch"]
-    plain, adversarial, euler, *gains, switch = lines
+    assert [line["kind"] for line in lines] == ["forward"] * 2 + ["lora_gain"] * 3 + ["lora_switch", "euler"]
+    plain, adversarial, *gains, switch, euler = lines
     assert 0 < plain["eager_error"] < plain["error"] < adversarial["error"]
     assert plain["ratio_to_simulated"] == pytest.approx(1, abs=0.2)
     assert 0 < euler["largest_ratio_to_simulated"] < 5
