@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import Attention
+from .fp8_attention import attend_fp8
 from .segments import AttentionFunction
 
 _SDP_BACKEND = {
@@ -31,6 +32,8 @@ def attention_function(kernel: Attention) -> AttentionFunction:
     """Attention by one kernel, callable inside compiled code. `AUTO` leaves the choice to PyTorch."""
     if kernel is Attention.AUTO:
         return attend
+    if kernel is Attention.FP8:
+        return attend_fp8
     backend = _SDP_BACKEND[kernel]
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -24,15 +24,17 @@ MAX_ROW = 16384
 _kernels: ModuleType | None = None
 _row_kernels: ModuleType | None = None
 _weight_kernels: ModuleType | None = None
+_attention_kernels: ModuleType | None = None
 
 
 def load_kernels() -> None:
     """Imports the Triton kernels where Triton is installed. Before compiling: Dynamo does not trace imports well."""
-    global _kernels, _row_kernels, _weight_kernels
+    global _kernels, _row_kernels, _weight_kernels, _attention_kernels
     if _kernels is None and _triton_installed():
-        from . import triton_kernels, triton_rows, triton_weights
+        from . import triton_attention, triton_kernels, triton_rows, triton_weights
 
         _kernels, _row_kernels, _weight_kernels = triton_kernels, triton_rows, triton_weights
+        _attention_kernels = triton_attention
 
 
 @cache
@@ -43,6 +45,11 @@ def _triton_installed() -> bool:
 def row_kernels(x: Tensor, width: int) -> ModuleType | None:
     """`triton_rows` where Dynamo is compiling for `x` [B, L, K] on a GPU and rows of `width` fit, else None."""
     return _row_kernels if _use_kernels(x) and x.dim() == 3 and width <= MAX_ROW else None
+
+
+def attention_kernels(qkv: Tensor) -> ModuleType | None:
+    """`triton_attention` where Dynamo is compiling for `qkv` on a GPU, else None."""
+    return _attention_kernels if _use_kernels(qkv) else None
 
 
 def weight_kernels(weight: Tensor) -> ModuleType | None:

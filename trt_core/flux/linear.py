@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fp8, fp8_export
+from .fp8_attention import Fp8Activation
 from .fused import join_gelu, modulated_norm
 
 
@@ -58,8 +59,14 @@ def noting_inputs(note: Note) -> Iterator[None]:
         _note = None
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
+Activation = Tensor | Fp8Activation
+"""What attention hands over: a tensor, or one that is in E4M3 already."""
+
+
+def linear(x: Activation, weight: Weight, bias: Tensor) -> Tensor:
     """x [..., in] @ weight^T + bias."""
+    if isinstance(x, Fp8Activation):
+        return _quantized_linear(x, weight, bias)
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
     if not _quantizes:
@@ -84,11 +91,22 @@ def gelu_linear(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     return _product(fp8.quantize_gelu(x, weight.input_scale), weight, bias, x.dtype)
 
 
-def join_gelu_linear(attn: Tensor, mlp: Tensor, weight: Weight, bias: Tensor) -> Tensor:
+def join_gelu_linear(attn: Activation, mlp: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """`linear` of attn and gelu(mlp) joined along the last axis."""
     if isinstance(weight, Tensor) or _needs_inputs():
-        return linear(join_gelu(attn, mlp), weight, bias)
-    return _product(fp8.quantize_join_gelu(attn, mlp, weight.input_scale), weight, bias, attn.dtype)
+        wide = attn.dequantized() if isinstance(attn, Fp8Activation) else attn
+        return linear(join_gelu(wide, mlp), weight, bias)
+    values, scale = (attn.values, attn.scale) if isinstance(attn, Fp8Activation) else (attn, None)
+    return _product(fp8.quantize_join_gelu(values, mlp, weight.input_scale, scale), weight, bias, mlp.dtype)
+
+
+def _quantized_linear(x: Fp8Activation, weight: Weight, bias: Tensor) -> Tensor:
+    """`linear` of what is in E4M3 already: it goes into an FP8 product as it is, whatever scale calibration found."""
+    if isinstance(weight, Tensor):
+        return F.linear(x.dequantized(), weight, bias)
+    if _needs_inputs():
+        return linear(x.dequantized(), weight, bias)
+    return _product((x.values, x.scale), weight, bias, x.dtype)
 
 
 def _needs_inputs() -> bool:

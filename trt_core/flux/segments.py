@@ -16,8 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .fp8_attention import QkvStream, attend_fp8, attend_qkv
 from .fused import joint_norm_rope, norm_rope
-from .linear import Weight, gelu_linear, join_gelu_linear, linear, norm_linear
+from .linear import Activation, Weight, gelu_linear, join_gelu_linear, linear, norm_linear
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q, k, v), each [B, L, H, D], to [B, L, H * D]."""
@@ -41,7 +42,7 @@ def double_qkv(
 
 
 def double_out(
-    img: Tensor, txt: Tensor, img_attn: Tensor, txt_attn: Tensor, img_mod: Tensor, txt_mod: Tensor,
+    img: Tensor, txt: Tensor, img_attn: Activation, txt_attn: Activation, img_mod: Tensor, txt_mod: Tensor,
     img_proj: Weight, img_proj_bias: Tensor, img_mlp_0: Weight, img_mlp_0_bias: Tensor, img_mlp_2: Weight,
     img_mlp_2_bias: Tensor,
     txt_proj: Weight, txt_proj_bias: Tensor, txt_mlp_0: Weight, txt_mlp_0_bias: Tensor, txt_mlp_2: Weight,
@@ -70,7 +71,7 @@ def single_qkv_mlp(
 
 
 def single_out(
-    x: Tensor, attn: Tensor, wide: Tensor, mod: Tensor, linear2: Weight, linear2_bias: Tensor
+    x: Tensor, attn: Activation, wide: Tensor, mod: Tensor, linear2: Weight, linear2_bias: Tensor
 ) -> tuple[Tensor]:
     """x after a single block; `attn` [B, L, hidden], `wide` as `single_qkv_mlp` returned it."""
     out = join_gelu_linear(attn, mlp_of(wide, x.shape[-1]), linear2, linear2_bias)
@@ -79,6 +80,8 @@ def single_out(
 
 def double_block(attention: AttentionFunction) -> Callable[..., tuple[Tensor, Tensor]]:
     """A whole double block with `attention` inside: `double_qkv`, attention, `double_out`."""
+    if attention is attend_fp8:
+        return _double_block_fp8_attention
 
     def block(
         img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor,
@@ -94,6 +97,8 @@ def double_block(attention: AttentionFunction) -> Callable[..., tuple[Tensor, Te
 
 def single_block(attention: AttentionFunction) -> Callable[..., tuple[Tensor]]:
     """A whole single block with `attention` inside: `single_qkv_mlp`, attention, `single_out`."""
+    if attention is attend_fp8:
+        return _single_block_fp8_attention
 
     def block(x: Tensor, mod: Tensor, cos: Tensor, sin: Tensor, *weights: Weight) -> tuple[Tensor]:
         q, k, wide = single_qkv_mlp(x, mod, cos, sin, *weights[:4])
@@ -101,6 +106,31 @@ def single_block(attention: AttentionFunction) -> Callable[..., tuple[Tensor]]:
         return single_out(x, attn, wide, mod, *weights[4:])
 
     return block
+
+
+def _double_block_fp8_attention(
+    img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor,
+    img_cos: Tensor, img_sin: Tensor, txt_cos: Tensor, txt_sin: Tensor, *weights: Weight,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`double_block` with attention in E4M3: q, k, v are rounded to it where they are made, text and image joined."""
+    img_qkv, img_bias, img_query, img_key, txt_qkv, txt_bias, txt_query, txt_key = weights[:8]
+    img_out = norm_linear(img, img_mod[0], img_mod[1], img_qkv, img_bias)
+    txt_out = norm_linear(txt, txt_mod[0], txt_mod[1], txt_qkv, txt_bias)
+    attn = attend_qkv(
+        QkvStream(img_out, img_query, img_key, img_cos, img_sin),
+        QkvStream(txt_out, txt_query, txt_key, txt_cos, txt_sin),
+        img.shape[-1] // img_query.shape[0],
+    )
+    n_txt = txt.shape[1]
+    return double_out(img, txt, attn.tokens(n_txt, None), attn.tokens(0, n_txt), img_mod, txt_mod, *weights[8:])
+
+
+def _single_block_fp8_attention(x: Tensor, mod: Tensor, cos: Tensor, sin: Tensor, *weights: Weight) -> tuple[Tensor]:
+    """`single_block` with attention in E4M3."""
+    linear1, bias, query_norm, key_norm = weights[:4]
+    wide = norm_linear(x, mod[0], mod[1], linear1, bias)
+    attn = attend_qkv(QkvStream(wide, query_norm, key_norm, cos, sin), None, x.shape[-1] // query_norm.shape[0])
+    return single_out(x, attn, wide, mod, *weights[4:])
 
 
 def value_of(wide: Tensor, q: Tensor) -> Tensor:

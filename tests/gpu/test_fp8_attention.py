@@ -1,0 +1,94 @@
+"""Attention in E4M3 on a GPU: our kernels against the plain arithmetic, cuDNN against the reference, compiled blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from trt_core.backends.base import Request
+from trt_core.backends.check import error_ratio, relative_l2
+from trt_core.backends.inductor import InductorSegment
+from trt_core.config import Profile
+from trt_core.flux import cudnn_attention, fp8_attention, fused
+from trt_core.flux.architecture import FluxArchitecture
+from trt_core.flux.attention import attend
+from trt_core.flux.catalogue import SegmentName, segment
+from trt_core.flux.fp8 import FP8
+from trt_core.flux.fp8_attention import QkvStream, attend_fp8, quantized_qkv
+from trt_core.flux.precision import Precision
+
+pytest.importorskip("triton")
+DEVICE = torch.device("cuda", 0)
+needs_cudnn = pytest.mark.skipif(
+    not cudnn_attention.installed() or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="needs nvidia-cudnn-frontend and compute capability 9.0",
+)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def stream(tokens: int, heads: int, dim: int, seed: int, dtype: torch.dtype, extra: int = 0) -> QkvStream:
+    qkv = normal(2, tokens + 2, 3 * heads * dim + extra, seed=seed)
+    qkv[..., 2 * heads * dim : 3 * heads * dim] *= 20
+    norms = ((1 + 0.1 * normal(dim, seed=seed + s)).to(dtype) for s in (1, 2))
+    angle = normal(tokens, dim // 2, seed=seed + 3)
+    return QkvStream(qkv.to(dtype)[:, 2:], *norms, angle.cos(), angle.sin())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "dim"), [(24, 128), (3, 32)])
+@pytest.mark.parametrize("txt_tokens", [0, 1, 37])
+def test_quantized_qkv(dtype: torch.dtype, heads: int, dim: int, txt_tokens: int) -> None:
+    """Equal to the plain arithmetic but for neighbours in E4M3, where a number sits on the edge between two."""
+    from trt_core.flux import triton_attention
+
+    img = stream(61, heads, dim, 1, dtype, extra=16)
+    txt = stream(txt_tokens, heads, dim, 9, dtype) if txt_tokens else None
+    kernels = [None if s is None else triton_attention.Stream(*s) for s in (img, txt)]
+    seen = triton_attention.quantized_qkv(*kernels, heads, fused.EPS)
+    expected = quantized_qkv(img, txt, heads)
+    assert torch.equal(seen[3], expected[3])
+    for s, e in zip(seen[:3], expected[:3], strict=True):
+        assert (s.dtype, s.shape, s.is_contiguous()) == (FP8, e.shape, True)
+        steps = (s.view(torch.uint8).int() - e.view(torch.uint8).int()).abs()
+        assert steps[e.float().abs() > 2.0**-8].max() <= 1
+        assert (steps > 0).float().mean() < 5e-3
+
+
+@needs_cudnn
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("tokens", [64, 257, 1536])
+def test_cudnn_is_the_reference(batch: int, tokens: int) -> None:
+    q, k, v = (normal(batch, tokens, 24, 128, seed=s).to(FP8) for s in range(3))
+    seen, expected = cudnn_attention.attend(q, k, v).float(), fp8_attention.reference(q, k, v).float()
+    exact = attend(q.float(), k.float(), v.float()).unflatten(-1, (24, 128))
+    assert relative_l2(seen, exact) < 1.2 * relative_l2(expected, exact) < 0.06
+    assert relative_l2(seen, expected) < 0.05
+
+
+@needs_cudnn
+@pytest.mark.parametrize("name", [SegmentName.DOUBLE_BLOCK, SegmentName.SINGLE_BLOCK])
+@pytest.mark.parametrize("static", [False, True])
+def test_compiled_blocks(name: SegmentName, static: bool) -> None:
+    """Inside the plan's error bound, for one and for two pictures; other tokens need no compilation."""
+    arch = FluxArchitecture(
+        in_channels=64, out_channels=64, hidden=512, heads=4, mlp_hidden=2048, double_depth=1, single_depth=1,
+        context_dim=64, vec_dim=32, guidance=True, axes_dim=(16, 56, 56),
+    )  # fmt: skip
+    kinds = {"img_attn.qkv", "img_attn.proj", "img_mlp.0", "img_mlp.2", "linear1", "linear2"}
+    layers = frozenset(kinds | {k.replace("img", "txt") for k in kinds})
+    names = {item.name.rpartition(".")[0] for item in segment(name, arch, attend).weights}
+    precision = Precision(layers & names, static=static)
+    described = segment(name, arch, attend_fp8, precision)
+    reference = segment(name, arch, attend, precision).function
+    for batch in (1, 2):
+        asked = Request(described, torch.bfloat16, DEVICE, Profile.around(batch, 512, 64), reference, precision)
+        compiled = InductorSegment(asked)
+        assert error_ratio(compiled, asked) < 1.5
+        inputs = described.random_inputs(batch, 300, 20, torch.bfloat16, DEVICE)
+        for s, e in zip(compiled(*inputs), reference(*inputs), strict=True):
+            assert torch.isfinite(s.float()).all()
+            assert relative_l2(s, e) < 0.05

@@ -1,0 +1,109 @@
+"""cuDNN's attention with E4M3 operands, through NVIDIA's front end (pip install nvidia-cudnn-frontend).
+
+PyTorch's own call of cuDNN takes no E4M3. Source of the graph: NVIDIA's cudnn-frontend, `sdpa_fp8`. On Hopper the
+result is E4M3 as well; nothing is trained here, so no statistics are kept.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fp8 import FP8, FP8_MAX
+
+PACKAGE = "nvidia-cudnn-frontend"
+OLDEST_CAPABILITY = (9, 0)
+_KEPT_SHAPES = 16
+"""Graphs that are kept; one takes about 0.1 s to make."""
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("cudnn") is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """A graph for one shape with what it needs at each call. `constants`: its scales and what it writes beside."""
+
+    graph: Any
+    handle: Any
+    query: Any
+    key: Any
+    value: Any
+    out: Any
+    constants: dict[Any, Tensor]
+    workspace: Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, L, H, D] E4M3 of contiguous E4M3 operands of that shape on a GPU. Runs on PyTorch's current stream."""
+    import cudnn
+
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = torch.empty_like(v)
+    with torch.cuda.device(q.device):
+        made = _graph(q.device.index, *q.shape)
+        cudnn.set_stream(made.handle, torch.cuda.current_stream().cuda_stream)
+        operands = {made.query: q, made.key: k, made.value: v, made.out: out}
+        made.graph.execute({**made.constants, **operands}, made.workspace, handle=made.handle)
+    return out
+
+
+@lru_cache(maxsize=8)
+def _handle(device_index: int) -> Any:
+    import cudnn
+
+    return cudnn.create_handle()
+
+
+@lru_cache(maxsize=_KEPT_SHAPES)
+def _graph(device_index: int, batch: int, tokens: int, heads: int, dim: int) -> _Graph:
+    import cudnn
+
+    kinds, handle = cudnn.data_type, _handle(device_index)
+    graph = cudnn.pygraph(
+        handle=handle, io_data_type=kinds.FP8_E4M3, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT
+    )
+    layout = {"dim": [batch, heads, tokens, dim], "stride": [tokens * heads * dim, dim, heads * dim, 1]}
+    query, key, value = (graph.tensor(name=name, data_type=kinds.FP8_E4M3, **layout) for name in "qkv")
+    one = {"dim": [1, 1, 1, 1], "stride": [1, 1, 1, 1]}
+    scales = {name: graph.tensor(name=name, data_type=kinds.FLOAT, **one) for name in _SCALES}
+    out, _, amax_s, amax_o = graph.sdpa_fp8(
+        q=query, k=key, v=value, **scales, is_inference=True, attn_scale=dim**-0.5, use_causal_mask=False
+    )
+    out.set_output(True).set_dim(layout["dim"]).set_stride(layout["stride"]).set_data_type(kinds.FP8_E4M3)
+    for extra in (amax_s, amax_o):
+        extra.set_output(True).set_dim(one["dim"]).set_stride(one["stride"]).set_data_type(kinds.FLOAT)
+    _build(graph, cudnn.heur_mode.A)
+    constants = {scales[name]: _scalar(value, device_index) for name, value in _SCALES.items()}
+    constants |= {extra: _scalar(0.0, device_index) for extra in (amax_s, amax_o)}
+    workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=device_index)
+    return _Graph(graph, handle, query, key, value, out, constants, workspace)
+
+
+_SCALES = {
+    "descale_q": 1.0, "descale_k": 1.0, "descale_v": 1.0, "descale_s": 1 / FP8_MAX, "scale_s": FP8_MAX, "scale_o": 1.0,
+}  # fmt: skip
+"""v's own scale is left to the reader of the result: an average of v is in v's units."""
+
+
+def _build(graph: Any, heuristic: Any) -> None:
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([heuristic])
+    graph.check_support()
+    graph.build_plans()
+
+
+def _scalar(value: float, device_index: int) -> Tensor:
+    return torch.full((1, 1, 1, 1), value, device=torch.device("cuda", device_index))
+
+
+def sample(device: torch.device, heads: int, dim: int) -> Tensor:
+    """E4M3 [1, 64, heads, dim] of zeros, to try the kernel on."""
+    return torch.zeros((1, 64, heads, dim), device=device).to(FP8)

@@ -1,0 +1,118 @@
+"""Attention whose operands are E4M3: q, k, v and the probabilities, with fp32 sums, by cuDNN's kernel.
+
+q and k leave their RMS norm with a known size (at most sqrt(D) times the largest norm weight), so they are rounded as
+they are; v has one scale, its largest magnitude / 448; probabilities are exp(logit - largest) <= 1, times 448. The
+result is an average of v's rows and is handed on in E4M3 with v's scale: the next product takes it without another
+kernel. Measured on an H100, 24 heads, 4608 tokens, D 128: 0.294 ms where bf16 takes 0.433.
+
+What rounding does to a logit grows with the norms' weights, and sharp softmaxes make much of it: `logit_noise`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cudnn_attention, fused
+from .fp8 import FP8, FP8_MAX, quantize_tensor, tensor_scale
+from .rope import rotate
+
+# A name of its own where the package is imported twice, as a ComfyUI pack and as a library.
+_NAMESPACE = __name__.replace(".", "_")
+_PRODUCT_ERROR = 0.0375
+"""Relative rms error of a product of two numbers rounded to E4M3 (0.0265 each)."""
+
+
+class QkvStream(NamedTuple):
+    """One stream's product [B, n, 3 * H * D or more], q, k, v in its first columns; norms [D], angles [n, D / 2]."""
+
+    qkv: Tensor
+    query_norm: Tensor
+    key_norm: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+class Fp8Activation(NamedTuple):
+    """An activation [..., K] that is E4M3 already, its scale (fp32, one element), and the dtype it stands for."""
+
+    values: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+    def tokens(self, start: int, stop: int | None) -> Fp8Activation:
+        """Those of axis 1 from `start` to `stop`."""
+        return Fp8Activation(self.values[:, start:stop], self.scale, self.dtype)
+
+    def dequantized(self) -> Tensor:
+        return (self.values.float() * self.scale).to(self.dtype)
+
+
+def logit_noise(query_norm: Tensor, key_norm: Tensor) -> Tensor:
+    """rms error of a logit (before softmax) when q and k are rounded to E4M3, from the norms' weights [..., D].
+
+    A logit is sum(q_d * k_d) / sqrt(D) with q_d = g_d * z, z of unit rms: independent errors of 3.75 % of each term
+    add up to 0.0375 * rms(g_q * g_k).
+    """
+    return (query_norm.float() * key_norm.float()).square().mean(-1).sqrt() * _PRODUCT_ERROR
+
+
+def attend_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention in E4M3 of q, k, v [B, L, H, D] in any float dtype to [B, L, H * D] in v's: between segments."""
+    q8, k8 = (x.float().clamp(-FP8_MAX, FP8_MAX).to(FP8).contiguous() for x in (q, k))
+    scale = tensor_scale(v)
+    return _attended(q8, k8, quantize_tensor(v, scale).contiguous(), scale, v.dtype).dequantized()
+
+
+def attend_qkv(img: QkvStream, txt: QkvStream | None, heads: int) -> Fp8Activation:
+    """Attention over text and image tokens, [B, n_txt + n_img, H * D], from a block's products as they are."""
+    return _attended(*quantized_qkv(img, txt, heads), img.qkv.dtype)
+
+
+def quantized_qkv(img: QkvStream, txt: QkvStream | None, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v [B, n_txt + n_img, H, D] in E4M3, contiguous, and v's scale, fp32 [1]: q and k normalised and rotated."""
+    kernels = fused.attention_kernels(img.qkv)
+    if kernels is not None:
+        streams = (kernels.Stream(*img), None if txt is None else kernels.Stream(*txt))
+        return kernels.quantized_qkv(*streams, heads, fused.EPS)
+    parts = [_split(stream, heads) for stream in (txt, img) if stream is not None]
+    q, k, v = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    scale = tensor_scale(v)
+    return q.clamp(-FP8_MAX, FP8_MAX).to(FP8), k.clamp(-FP8_MAX, FP8_MAX).to(FP8), quantize_tensor(v, scale), scale
+
+
+def _split(stream: QkvStream, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k in fp32, normalised and rotated, and v as it is."""
+    width = heads * stream.query_norm.shape[0]
+    q, k, v = (part.unflatten(-1, (heads, -1)) for part in stream.qkv[..., : 3 * width].split(width, -1))
+    pe = (stream.cos, stream.sin)
+    q, k = (fused.rms_norm(x.float(), norm.float()) for x, norm in ((q, stream.query_norm), (k, stream.key_norm)))
+    return rotate(q, *pe), rotate(k, *pe), v
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, dtype: torch.dtype) -> Fp8Activation:
+    return Fp8Activation(_attention(q, k, v).flatten(2), scale, dtype)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """E4M3 [B, L, H, D] of E4M3 operands of that shape, in units of v's scale. An operator, because Dynamo cannot trace
+    cuDNN's front end."""
+    return cudnn_attention.attend(q, k, v) if q.is_cuda else reference(q, k, v)
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.empty_like(v)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same in plain PyTorch: probabilities are rounded before the product and not before their sum."""
+    q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    rounded = (weights * FP8_MAX).to(FP8).float() / FP8_MAX
+    out = (rounded @ v) / weights.sum(-1, keepdim=True)
+    return out.clamp(-FP8_MAX, FP8_MAX).to(FP8).transpose(1, 2).contiguous()
