@@ -46,12 +46,12 @@ _PATTERNS = (
     # Before the products, which share names with them: fmha_cutlassF, _gemm_mha_v2.
     (r"sdpa|fmha|_mha_|flash|attention|attn_fwd|attn_kernel", Kind.ATTENTION),
     # Our Triton kernels. One that also quantizes is counted as what it computes: the row is in registers anyway.
-    (r"rope", Kind.QK),
+    (r"rope|_queries_keys_", Kind.QK),
     (r"(gelu|GeluCUDA)", Kind.GELU),
     (r"rms_?norm", Kind.QK),  # PyTorch's own, in eager blocks: nothing else in FLUX has an RMS norm
     (r"layer_?norm|modulated_norm|_norm_kernel", Kind.NORM),
     (r"_gate_|_residual_", Kind.GATE),
-    (r"_quantize_", Kind.QUANTIZE),
+    (r"_quantize_|_values_kernel", Kind.QUANTIZE),
     (r"weight_only|_modulations?_kernel", Kind.MODULATION),
     # One row per picture: modulations and embeddings alone. cuBLAS names its tiles: 8 or 16 columns are no 256 tokens.
     (r"gemv|gemmk1|dot_kernel", Kind.MODULATION),

@@ -33,3 +33,23 @@ def append(path: Path, line: Line) -> None:
 def read(path: Path) -> list[Line]:
     """All lines of a file; none where there is no file."""
     return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+
+
+def with_ratios(lines: list[Line]) -> list[Line]:
+    """The lines with `ratio_to_eager`: a step against eager's last one of the same run, batch and size.
+
+    Computed from the whole file: processes on two GPUs write to it, and eager's line may come after the others.
+    """
+    eager = {_size(line): line["step_ms"] for line in lines if line.get("scenario") == "eager" and "step_ms" in line}
+    return [
+        {**line, "ratio_to_eager": line["step_ms"] / eager[_size(line)]} if _comparable(line, eager) else line
+        for line in lines
+    ]
+
+
+def _size(line: Line) -> tuple[Any, ...]:
+    return tuple(line.get(name) for name in ("run", "batch", "height_px", "width_px", "text_tokens"))
+
+
+def _comparable(line: Line, eager: dict[tuple[Any, ...], float]) -> bool:
+    return "step_ms" in line and _size(line) in eager

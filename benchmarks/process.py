@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
+import os
 import sys
-import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,64 +19,120 @@ from trt_core.measure import median_milliseconds
 
 from . import model as models
 from .fake_quant import fake_quantized
+from .fp8_budget import seconds
+from .fp8_calls import call, exact
+from .fp8_lines import TINY, device_of
 from .memory import MemoryPeaks
+from .progress import Progress
 from .scenarios import Scenario
+from .wide import widened
 
 WEIGHTS_BYTES = 2 * 11_901_408_320
 _STEPS = 10
+_BAKED = ("mttm", "torchao")
+"""Their weights are in what was compiled, or are no plain tensors: they are measured on plain weights alone, because
+new ones would cost minutes."""
+Line = dict[str, Any]
 
 
-def measure(scenario: Scenario, folder: Path, warm: bool) -> Iterator[dict[str, Any]]:
-    """The measured fields of one line per batch; `warm` measures the first call only."""
-    device = torch.device("cuda", 0)
-    torch.cuda.init()
-    with MemoryPeaks(device) as peaks:
-        model = models.full_size_transformer(device)
-        run, transformer = _prepare(scenario, model, folder)
-        for batch in scenario.batches[:1] if warm else scenario.batches:
-            arguments = models.inputs(model, batch, scenario.height_px, scenario.width_px, scenario.text_tokens)
-            first_call = _seconds(lambda a=arguments: run(a))
-            if warm:
-                yield {"batch": batch, "warm_first_call_seconds": first_call}
-                return
-            line: dict[str, Any] = {"batch": batch, "step_ms": _step_ms(lambda a=arguments: run(a))}
-            if batch == scenario.batches[0]:
-                line["first_call_seconds"] = first_call
-                line |= _plans(transformer)
-            line["error_ratio"] = _error_ratio(run, model, folder, batch, scenario)
-            if scenario.lora and batch == scenario.batches[0]:
-                line |= _lora_switch(scenario, transformer, lambda a=arguments: run(a))
-            line["gpu_peak_bytes"] = peaks.gpu_bytes
-            on_host = WEIGHTS_BYTES if scenario.base_weights == "host" else 0
-            line["host_peak_bytes_above_weights"] = peaks.host_bytes_without(on_host)
-            line["host_counts_pinned"] = peaks.counts_pinned
-            yield line
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One process: `folder` is the scenario's own, `references` is where all of them find fp32's outputs."""
+
+    scenario: Scenario
+    folder: Path
+    references: Path
+    device: torch.device
+    progress: Progress
+    warm: bool = False
+    tiny: bool = False
+
+    def model(self) -> Any:
+        return models.full_size_transformer(self.device, **(TINY if self.tiny else {}))
+
+    def inputs(self, model: Any, batch: int) -> dict[str, torch.Tensor]:
+        sizes = (self.scenario.height_px, self.scenario.width_px, self.scenario.text_tokens)
+        return models.inputs(model, batch, *(size // 16 if self.tiny else size for size in sizes))
+
+    @classmethod
+    def read(cls, values: Line) -> Job:
+        scenario, tiny = Scenario.from_dict(values["scenario"]), values.get("tiny", False)
+        progress = Progress(scenario.name, values["started"])
+        return cls(scenario, Path(values["folder"]), Path(values["references"]), device_of(tiny), progress,
+                   values.get("warm", False), tiny)  # fmt: skip
 
 
-def _prepare(scenario: Scenario, model: Any, folder: Path) -> tuple[Callable[[dict], torch.Tensor], Any]:
-    transformer = model
-    if scenario.scenario == "compile_repeated_blocks":
+def measure(job: Job) -> Iterator[Line]:
+    """The measured fields of one line per batch; `warm` measures the first call only. What a batch has early comes
+    early, as an `incomplete` line."""
+    with MemoryPeaks(job.device) if job.device.type == "cuda" else nullcontext() as peaks:
+        with job.progress.phase("model"):
+            model = job.model()
+        with job.progress.phase("prepare"):
+            transformer = _prepare(job, model)
+        for batch in job.scenario.batches[:1] if job.warm else job.scenario.batches:
+            for line in _batch(job, batch, model, transformer):
+                yield line if job.warm else {**line, **_peaks(job.scenario, peaks)}
+
+
+def _batch(job: Job, batch: int, model: Any, transformer: Any) -> Iterator[Line]:
+    arguments, is_first = job.inputs(model, batch), batch == job.scenario.batches[0]
+
+    def run() -> torch.Tensor:
+        return call(transformer, arguments)
+
+    with job.progress.phase(f"first call, batch {batch}"):
+        first_call = seconds(run, job.device)
+    if job.warm:
+        yield {"batch": batch, "warm_first_call_seconds": first_call}
+        return
+    line: Line = {"batch": batch, "step_ms": median_milliseconds(run, job.device, _STEPS)}
+    job.progress.say(f"batch {batch}: {line['step_ms']:.1f} ms per step")
+    if is_first:
+        line |= {"first_call_seconds": first_call, **_plans(transformer)}
+        yield {**line, "incomplete": True}
+        line["error_ratio"] = _error_ratio(job, model, transformer)
+    if job.scenario.lora and is_first:
+        job.progress.say("LoRAs")
+        line |= _lora_switch(job, transformer, run)
+    yield line
+
+
+def _peaks(scenario: Scenario, peaks: MemoryPeaks | None) -> Line:
+    if peaks is None:
+        return {}
+    on_host = WEIGHTS_BYTES if scenario.base_weights == "host" else 0
+    return {
+        "gpu_peak_bytes": peaks.gpu_bytes, "host_peak_bytes_above_weights": peaks.host_bytes_without(on_host),
+        "host_counts_pinned": peaks.counts_pinned,
+    }  # fmt: skip
+
+
+def _prepare(job: Job, model: Any) -> Any:
+    """What is called: the model itself, compiled or with a compiled forward, or a module around it."""
+    scenario = job.scenario
+    if scenario.scenario == "eager":
+        return model
+    if scenario.scenario in ("compile_repeated_blocks", "torchao"):
+        if scenario.scenario == "torchao":
+            from .torchao_fp8 import quantize
+
+            job.progress.say(f"torchao has quantized {quantize(model)} layers")
         model.compile_repeated_blocks(fullgraph=True)
-    elif scenario.scenario in ("ours", "mttm"):
-        import trt_core
+        return model
+    import trt_core
 
-        if scenario.precision == "fp8":
-            trt_core.quantize_fp8_(model)
-        transformer = trt_core.compile_transformer(
-            model,
-            backend=scenario.backend or "mttm",
-            base_weights=scenario.base_weights or "auto",
-            cache_folder=str(folder / "cache"),
-        )
-
-    def run(arguments: dict[str, torch.Tensor]) -> torch.Tensor:
-        with torch.no_grad():
-            return transformer(**arguments, return_dict=False)[0]
-
-    return run, transformer
+    if scenario.precision == "fp8":
+        trt_core.quantize_fp8_(model)
+    return trt_core.compile_transformer(
+        model,
+        backend=scenario.backend or "mttm",
+        base_weights=scenario.base_weights or "auto",
+        cache_folder=str(job.folder / "cache"),
+    )
 
 
-def _plans(transformer: Any) -> dict[str, Any]:
+def _plans(transformer: Any) -> Line:
     if not hasattr(transformer, "trt_report"):
         return {}
     report = transformer.trt_report()
@@ -87,24 +146,26 @@ def _plans(transformer: Any) -> dict[str, Any]:
     }
 
 
-def _error_ratio(run: Callable, model: Any, folder: Path, batch: int, scenario: Scenario) -> float | None:
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def _error_ratio(job: Job, model: Any, transformer: Any) -> float | None:
     """The larger of plain and adversarial weights: error against fp32, in multiples of eager bf16's, or for FP8 of a
-    simulation's that rounds and does nothing else."""
-    if batch != 1:
-        return None
-    ratios = []
-    for kind in ("plain", "adversarial"):
-        reference = folder / f"reference_{kind}.pt"
-        if not reference.exists():
+    simulation's that rounds and does nothing else. None without references, or at another first batch than theirs."""
+    baked, ratios = job.scenario.scenario in _BAKED, []
+    for kind in ("plain",) if baked else ("plain", "adversarial"):
+        reference = job.references / f"reference_{kind}.pt"
+        if job.scenario.batches[0] != 1 or not reference.exists():
             return None
         saved = torch.load(reference, weights_only=True)
-        if scenario.scenario == "mttm" and kind == "adversarial":
-            continue  # its weights are baked in: new ones would cost a refit of minutes
-        refill(model, adversarial=kind == "adversarial")
-        seen = run(models.inputs(model, 1, scenario.height_px, scenario.width_px, scenario.text_tokens))
-        yardstick = saved["simulated_error" if scenario.precision == "fp8" else "eager_error"]
+        if not baked:
+            refill(model, adversarial=kind == "adversarial")
+        seen = call(transformer, job.inputs(model, 1))
+        yardstick = saved["simulated_error" if job.scenario.precision == "fp8" else "eager_error"]
         ratios.append(relative(seen, saved["fp32"].to(seen.device)) / yardstick)
-    refill(model, adversarial=False)
+        job.progress.say(f"{kind} weights: error {ratios[-1]:.3f} of the yardstick's")
+    if not baked:
+        refill(model, adversarial=False)
     return max(ratios)
 
 
@@ -119,40 +180,43 @@ def relative(seen: torch.Tensor, reference: torch.Tensor) -> float:
     return float((seen.float() - reference).norm() / reference.norm())
 
 
-def write_references(folder: Path) -> None:
+def write_references(job: Job) -> None:
     """fp32 outputs of the same bf16 weights, and the errors of eager bf16 and of simulated FP8 against them, for both
     kinds of weights."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    model = models.full_size_transformer(torch.device("cuda", 0))
+    model = job.model()
+    wide, arguments = widened(model), job.inputs(model, 1)
     for kind in ("plain", "adversarial"):
-        models.fill(model.bfloat16(), adversarial=kind == "adversarial")
-        with torch.no_grad():
-            arguments = models.inputs(model, 1, 1024, 1024, 512)
-            eager = model(**arguments, return_dict=False)[0]
-            with fake_quantized(model):
-                simulated = model(**arguments, return_dict=False)[0]
-            model.float()
-            fp32 = model(**models.inputs(model, 1, 1024, 1024, 512), return_dict=False)[0]
+        models.fill(model, adversarial=kind == "adversarial")
+        fp32, eager = call(wide, exact(arguments)), call(model, arguments)
+        with fake_quantized(model):
+            simulated = call(model, arguments)
         errors = {"eager_error": relative(eager, fp32), "simulated_error": relative(simulated, fp32)}
-        torch.save({"fp32": fp32.cpu(), **errors}, folder / f"reference_{kind}.pt")
-        sys.stderr.write(f"against fp32, {kind} weights: {errors}\n")
+        path = job.references / f"reference_{kind}.pt"
+        # Renamed when it is whole: another process may look for it meanwhile.
+        torch.save({"fp32": fp32.cpu(), **errors}, path.with_suffix(f".{os.getpid()}"))
+        path.with_suffix(f".{os.getpid()}").replace(path)
+        job.progress.say(f"against fp32, {kind} weights: {errors}")
 
 
-def _lora_switch(scenario: Scenario, model: Any, run: Callable[[], Any]) -> dict[str, Any]:
+# -- LoRAs -------------------------------------------------------------------------------------------------------------
+
+
+def _lora_switch(job: Job, model: Any, run: Callable[[], Any]) -> Line:
     """A to B by diffusers' own call: the next step's time above a plain step, and the refit's own time."""
-    layers = models.add_loras(model, scenario.lora_rank)
+    layers = models.add_loras(model, job.scenario.lora_rank)
     model.set_adapters("a")
-    first = _seconds(run)
+    first = seconds(run, job.device)
     times, refits = [], []
-    plain = min(_seconds(run) for _ in range(3))
+    plain = min(seconds(run, job.device) for _ in range(3))
     for name in ("b", "a", "b", "a"):
         model.set_adapters(name)
-        times.append(_seconds(run) - plain)
+        times.append(seconds(run, job.device) - plain)
         refits.append(model.trt_report().last_refit.milliseconds)
-    after = _step_ms(run)
+    after = median_milliseconds(run, job.device, _STEPS)
     model.delete_adapters(["a", "b"])
     return {
-        "lora_rank": scenario.lora_rank,
+        "lora_rank": job.scenario.lora_rank,
         "lora_layers": layers,
         "lora_switch_ms": sorted(times)[len(times) // 2] * 1000,
         "lora_refit_ms": sorted(refits)[len(refits) // 2],
@@ -161,26 +225,17 @@ def _lora_switch(scenario: Scenario, model: Any, run: Callable[[], Any]) -> dict
     }
 
 
-def _step_ms(run: Callable[[], Any]) -> float:
-    return median_milliseconds(run, torch.device("cuda", 0), repeats=_STEPS)
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s", stream=sys.stderr)
-    job = json.loads(sys.argv[1])
-    folder = Path(job["folder"])
-    if job.get("references"):
-        write_references(folder)
+    values = json.loads(sys.argv[1])
+    if values["limit_seconds"] > 10:  # just before it is stopped, it says where it is
+        faulthandler.dump_traceback_later(values["limit_seconds"] - 5)
+    job = Job.read(values)
+    job.progress.say("PyTorch imported")
+    if values.get("write_references"):
+        write_references(job)
         return
-    for line in measure(Scenario.from_dict(job["scenario"]), folder, job["warm"]):
+    for line in measure(job):
         sys.stdout.write("LINE " + json.dumps({k: v for k, v in line.items() if v is not None}) + "\n")
         sys.stdout.flush()
 

@@ -1,107 +1,148 @@
-"""`python -m benchmarks.run`: every scenario in its own process; one JSON line per scenario and batch."""
+"""`python -m benchmarks.run`: every scenario in its own process; one JSON line per scenario and batch.
+
+A run can go on: what its file has already is left out. Two of them with one `--run` and `--folder` may run side by side
+on two GPUs of a host (CUDA_VISIBLE_DEVICES), each with scenarios of its own.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .lines import RESULTS, file_name
+from .lines import RESULTS, append, file_name, read, with_ratios
 from .scenarios import Scenario, named
 
+Line = dict[str, Any]
 
-def child(job: dict[str, Any], limit_seconds: float) -> list[dict[str, Any]]:
-    """The lines of one process; what it says otherwise goes to standard error. A failure is said, not hidden."""
-    command = [sys.executable, "-m", "benchmarks.process", json.dumps(job)]
-    started = time.perf_counter()
+
+def child(job: Line, limit_seconds: float) -> Iterator[Line]:
+    """The lines of one process, each as it comes; what it says otherwise goes to standard error. A failure is said, not
+    hidden."""
+    started, job = time.time(), {**job, "limit_seconds": limit_seconds}
+    command = [sys.executable, "-m", "benchmarks.process", json.dumps({**job, "started": started})]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    timer = threading.Timer(limit_seconds, process.kill)
+    timer.start()
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit_seconds, check=False)
-        output, code = done.stdout, done.returncode
-    except subprocess.TimeoutExpired as expired:
-        output, code = (expired.stdout or b"").decode(), f"stopped after {limit_seconds:.0f} s"
+        for text in process.stdout or ():
+            if text.startswith("LINE "):
+                yield json.loads(text[5:])
+        code = process.wait()
+    finally:
+        timer.cancel()
+        process.kill()  # nothing where it has ended
+    seconds = time.time() - started
     if code:
-        sys.stderr.write(f"FAILED ({code}) after {time.perf_counter() - started:.0f} s: {command[-1]}\n")
-    return [json.loads(line[5:]) for line in output.splitlines() if line.startswith("LINE ")]
+        why = f"stopped at its limit of {limit_seconds:.0f} s" if seconds >= limit_seconds else f"exit code {code}"
+        sys.stderr.write(f"FAILED ({why}) after {seconds:.0f} s: {command[-1]}\n")
 
 
-def run_scenario(scenario: Scenario, folder: Path, limit_seconds: float) -> list[dict[str, Any]]:
-    job = {"scenario": scenario.to_dict(), "folder": str(folder / scenario.name), "warm": False}
-    Path(job["folder"]).mkdir(parents=True, exist_ok=True)
-    for reference in folder.glob("reference_*.pt"):
-        link = Path(job["folder"]) / reference.name
-        if not link.exists():
-            os.symlink(reference, link)
-    # Inductor keeps compiled kernels between processes: an own folder per scenario makes the first call a cold one.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / scenario.name / "inductor")
-    lines = child(job, limit_seconds)
-    if scenario.warm and lines:
-        for warm in child({**job, "warm": True}, limit_seconds):
-            lines[0] |= warm
-    return [_complete(scenario, line) for line in lines]
+class Run:
+    """One invocation: where its scenarios work, and the file that it shares with others."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, about: Line) -> None:
+        self._args, self._folder, self._about = args, folder, about
+        self._path = args.results / file_name(about["gpu"])
+
+    def references(self) -> None:
+        """fp32's outputs, where nobody has written them yet."""
+        if not self._args.skip_references and not (self._folder / "reference_adversarial.pt").exists():
+            any(child({**self._job(Scenario("references")), "write_references": True}, self._args.limit))
+
+    def measure(self, scenario: Scenario) -> None:
+        """Appends what is missing of this scenario, each line as soon as it is there."""
+        if scenario.needs and importlib.util.find_spec(scenario.needs) is None:
+            sys.stderr.write(f"{scenario.name} is left out: {scenario.needs} is not installed.\n")
+            return
+        limit = min(self._args.limit, scenario.limit_seconds or self._args.limit)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self._folder / scenario.name / "inductor")
+        done = complete(scenario, self._lines())
+        if len(done) < len(scenario.batches):
+            for line in child(self._job(scenario), limit):
+                self._write(scenario, line)
+        elif not scenario.warm or "warm_first_call_seconds" in done[0]:
+            sys.stderr.write(f"{scenario.name}: {self._path.name} has it already.\n")
+        self._measure_warm(scenario, limit)
+
+    def _measure_warm(self, scenario: Scenario, limit: float) -> None:
+        """The first line again with the first call of a second process, which finds what the first one has compiled."""
+        done = complete(scenario, self._lines())
+        cached = any((self._folder / scenario.name / kind).exists() for kind in ("inductor", "cache"))
+        if scenario.warm and done and "warm_first_call_seconds" not in done[0] and cached:
+            for line in child({**self._job(scenario), "warm": True}, limit):
+                self._write(scenario, {**done[0], **line})
+
+    def _job(self, scenario: Scenario) -> Line:
+        # Inductor keeps compiled kernels between processes: an own folder per scenario makes the first call a cold one.
+        own = self._folder / scenario.name
+        own.mkdir(parents=True, exist_ok=True)
+        return {"scenario": scenario.to_dict(), "folder": str(own), "references": str(self._folder),
+                "tiny": self._args.tiny}  # fmt: skip
+
+    def _lines(self) -> list[Line]:
+        """This run's, whoever wrote them."""
+        return [line for line in read(self._path) if line["run"] == self._args.run]
+
+    def _write(self, scenario: Scenario, measured: Line) -> None:
+        versions = {**self._about["versions"], **({scenario.needs: version(scenario.needs)} if scenario.needs else {})}
+        tiny = {"tiny": True} if self._args.tiny else {}
+        line = {"run": self._args.run, **tiny, **scenario.fields(), **measured, **self._about, "versions": versions}
+        append(self._path, line)
+        sys.stdout.write(_summary(scenario, with_ratios([*self._lines(), line])[-1]) + "\n")
+        sys.stdout.flush()
 
 
-def _complete(scenario: Scenario, measured: dict[str, Any]) -> dict[str, Any]:
-    line = {
-        "scenario": scenario.scenario, "backend": scenario.backend, "precision": scenario.precision,
-        "height_px": scenario.height_px, "width_px": scenario.width_px, "text_tokens": scenario.text_tokens,
-        "base_weights": scenario.base_weights, **measured,
-    }  # fmt: skip
-    return {name: value for name, value in line.items() if value is not None}
+def complete(scenario: Scenario, lines: Sequence[Line]) -> list[Line]:
+    """The scenario's last complete line of each batch, in the order of its batches."""
+    fields = scenario.fields().items()
+    found = {line["batch"]: line for line in lines if fields <= _hashable(line) and not line.get("incomplete")}
+    return [found[batch] for batch in scenario.batches if batch in found]
 
 
-def ratios(lines: list[dict[str, Any]], known: list[dict[str, Any]]) -> None:
-    """Adds `ratio_to_eager` to each line: its step against eager's of the same run, batch and size."""
-    for line in lines:
-        for other in (*lines, *known):
-            same = all(other.get(k) == line.get(k) for k in ("run", "batch", "height_px", "width_px", "text_tokens"))
-            if other["scenario"] == "eager" and same and "step_ms" in other and "step_ms" in line:
-                line["ratio_to_eager"] = line["step_ms"] / other["step_ms"]
+def _hashable(line: Line) -> set[tuple[str, Any]]:
+    return {(name, value) for name, value in line.items() if not isinstance(value, (dict, list))}
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Line:
     """GPU, driver and versions, asked in a process of its own so that this one holds no GPU memory."""
     code = "import json; from trt_core.gpu import environment; print(json.dumps(environment()))"
     found = json.loads(subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()[-1])
-    from importlib.metadata import version
-
     versions = {k: found[k] for k in ("torch", "torch_tensorrt", "tensorrt", "triton", "cuda")}
     versions["diffusers"] = version("diffusers")
     return {"gpu": found["gpu"], "driver": found["driver"], "versions": versions}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="*", help="names, or starts of names; all by default")
     parser.add_argument("--run", default=time.strftime("%Y%m%d-%H%M%S"), help="name that ties the lines of one run")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results; with --tiny, a temporary folder")
     parser.add_argument(
         "--folder", type=Path, help="keeps caches and references here, for another part of the same run"
     )
     parser.add_argument("--limit", type=float, default=900.0, help="seconds for one process")
-    args = parser.parse_args()
+    parser.add_argument("--skip-references", action="store_true", help="compute no outputs in fp32 here: errors are "
+                        "measured where --folder has them by then")  # fmt: skip
+    parser.add_argument("--tiny", action="store_true", help="a small model on whatever device there is, as a self-test")
+    args = parser.parse_args(argv)
     folder = args.folder or Path(tempfile.mkdtemp(prefix="flux_benchmark_"))
-    folder.mkdir(parents=True, exist_ok=True)
-    about = machine()
-    path = args.results / file_name(about["gpu"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    if not (folder / "reference_adversarial.pt").exists():
-        child({"references": True, "folder": str(folder)}, args.limit)
+    args.results = args.results or (folder / "results" if args.tiny else RESULTS)
+    run = Run(args, folder, machine())
+    run.references()
     for scenario in named(args.scenarios):
-        lines = [{"run": args.run, **line, **about} for line in run_scenario(scenario, folder, args.limit)]
-        ratios(lines, known)
-        known += lines
-        with path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        for line in lines:
-            sys.stdout.write(_summary(scenario, line) + "\n")
-            sys.stdout.flush()
+        run.measure(scenario)
 
 
 _SHOWN = (
@@ -110,10 +151,11 @@ _SHOWN = (
 )  # fmt: skip
 
 
-def _summary(scenario: Scenario, line: dict[str, Any]) -> str:
+def _summary(scenario: Scenario, line: Line) -> str:
     values = [f"{name} {line[name]:.4g}" for name in _SHOWN if name in line]
     return f"{scenario.name} b{line['batch']}: " + ", ".join(values)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process that measures is stopped then, too
     main()

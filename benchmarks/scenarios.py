@@ -25,12 +25,21 @@ class Scenario:
     text_tokens: int = 512
     precision: str = "bf16"
     lora_rank: int = 16
+    limit_seconds: float | None = None
+    """This process is stopped then, whatever `--limit` says."""
+    needs: str | None = None
+    """A package without which the scenario is left out."""
 
     @property
     def name(self) -> str:
         precision = None if self.precision == "bf16" else self.precision
         parts = [self.scenario, precision, self.backend, f"base_{self.base_weights}" if self.base_weights else None]
         return "-".join(part for part in parts if part)
+
+    def fields(self) -> dict[str, Any]:
+        """What a line says about its scenario."""
+        names = ("scenario", "backend", "precision", "height_px", "width_px", "text_tokens", "base_weights")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,6 +53,7 @@ class Scenario:
 SCENARIOS = (
     Scenario("eager", batches=(1, 2)),
     Scenario("compile_repeated_blocks", batches=(1, 2)),
+    Scenario("torchao", batches=(1, 2), precision="fp8", limit_seconds=200, needs="torchao"),
     Scenario("ours", "auto", "gpu", batches=(1, 2), lora=True, warm=True),
     Scenario("ours", "auto", "host", lora=True),
     Scenario("ours", "tensorrt", "gpu", batches=(1, 2), lora=True, warm=True),
