@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .execution import BlockWeights
 from .flux.architecture import FluxArchitecture
 from .flux.catalogue import BlockKind
+from .flux.fp8_attention import logit_noise
 from .flux.precision import PLAIN, Precision
 from .flux.weights import DOUBLE_OUT, DOUBLE_QKV, SINGLE_OUT, SINGLE_QKV_MLP
 from .fp8_recipe import Activations, Fp8Recipe, Granularity
+
+LARGEST_LOGIT_NOISE = 0.1
+"""rms error of a logit up to which attention may be in E4M3: a probability is then off by 10 %, where those of norms
+with weights around 1 are off by 4 % and each E4M3 product of a block by 4 %. Weights around 3 (0.34) are beyond it."""
+NORMS = (".query_norm.scale", ".key_norm.scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +35,17 @@ class BlockPrecisions:
         return cls((PLAIN,) * arch.double_depth, (PLAIN,) * arch.single_depth)
 
     @classmethod
-    def of(cls, arch: FluxArchitecture, recipe: Fp8Recipe | None) -> BlockPrecisions:
+    def of(
+        cls, arch: FluxArchitecture, recipe: Fp8Recipe | None, tensors: Mapping[str, Tensor] | None = None
+    ) -> BlockPrecisions:
+        """`tensors` by BFL name: which blocks' norms let attention be in E4M3; None: no block's."""
         if recipe is None:
             return cls.plain(arch)
-        return cls(
-            tuple(_precision(recipe, f"double_blocks.{i}.") for i in range(arch.double_depth)),
-            tuple(_precision(recipe, f"single_blocks.{i}.") for i in range(arch.single_depth)),
-        )
+        double = [f"double_blocks.{i}." for i in range(arch.double_depth)]
+        single = [f"single_blocks.{i}." for i in range(arch.single_depth)]
+        quiet = set() if tensors is None else _quiet_blocks([*double, *single], tensors)
+        found = {block: _precision(recipe, block, block in quiet) for block in (*double, *single)}
+        return cls(tuple(found[block] for block in double), tuple(found[block] for block in single))
 
     def weights(self, tensors: Mapping[str, Tensor]) -> tuple[list[BlockWeights], list[BlockWeights]]:
         """The weights of all double and of all single blocks, out of tensors by BFL name."""
@@ -53,12 +65,27 @@ class BlockPrecisions:
         return doubles | {(BlockKind.SINGLE, p): weights for p, weights in zip(self.single, single, strict=True)}
 
 
-def _precision(recipe: Fp8Recipe, block: str) -> Precision:
+def _quiet_blocks(blocks: Sequence[str], tensors: Mapping[str, Tensor]) -> set[str]:
+    """Blocks in which rounding q and k to E4M3 moves no logit by more than `LARGEST_LOGIT_NOISE`."""
+    noises = [_largest_noise(block, tensors) for block in blocks]
+    values = torch.stack(noises).tolist() if noises else []  # one wait for the GPU, not one per block
+    return {block for block, noise in zip(blocks, values, strict=True) if noise <= LARGEST_LOGIT_NOISE}
+
+
+def _largest_noise(block: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Of any stream's queries with any stream's keys: text and image attend to each other."""
+    streams = [f"{block}{stream}norm" for stream in (("img_attn.", "txt_attn.") if "double" in block else ("",))]
+    queries, keys = ([tensors[stream + norm] for stream in streams] for norm in NORMS)
+    return torch.stack([logit_noise(q, k) for q, k in itertools.product(queries, keys)]).amax()
+
+
+def _precision(recipe: Fp8Recipe, block: str, quiet: bool) -> Precision:
     layers = frozenset(n.removeprefix(block) for n in recipe.activation_linears if n.startswith(block))
     if not layers:
         return PLAIN
     config = recipe.config
-    return Precision(layers, config.granularity is Granularity.ROW, config.activations is Activations.STATIC)
+    per_row, static = config.granularity is Granularity.ROW, config.activations is Activations.STATIC
+    return Precision(layers, per_row, static, quiet)
 
 
 def _weights(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base_storage import BaseSource
-from .block_precisions import BlockPrecisions
+from .block_precisions import NORMS, BlockPrecisions
 from .block_runner import BlockRunner
 from .compilation import Blocks, Bound, Compilation, Samples, Shapes
 from .config import CompileConfig
@@ -59,6 +59,7 @@ class MutableTRTModule:
         self._slabs, self._base_source = HostSlabs(), base_source
         self._compilation = Compilation(arch, self.config)
         self._weights: BoundWeights | None = None
+        self._recipe: Fp8Recipe | None = None
         self._bound: Bound | None = None
         self._samples: Samples = {}
         self._ranges = RangeCheck(arch)
@@ -139,13 +140,18 @@ class MutableTRTModule:
         kind = (weights.device, weights.dtype)
         if kind != self._compiled_kind:
             self._compilation.close()
-        self._weights, self._compiled_kind = weights, kind
-        precisions = BlockPrecisions.of(self.arch, fp8)
+        self._weights, self._compiled_kind, self._recipe = weights, kind, fp8
+        self._describe()
+        self.state = ModuleState.LOADED if self._compilation.empty else ModuleState.READY
+
+    def _describe(self) -> None:
+        """What blocks are made for these weights: again where the norms of q and k changed."""
+        weights, fp8 = self.weights, self._recipe
+        precisions = BlockPrecisions.of(self.arch, fp8, weights.tensors)
         self._bound = Bound(weights.dtype, weights.device, precisions.double, precisions.single)
         self._double_weights, self._single_weights = precisions.weights(weights.tensors)
         self._samples = precisions.samples(self._double_weights, self._single_weights)
         self._ranges = RangeCheck.of(self.arch, fp8, precisions, weights.tensors)
-        self.state = ModuleState.LOADED if self._compilation.empty else ModuleState.READY
 
     @property
     def builds(self) -> int:
@@ -162,7 +168,10 @@ class MutableTRTModule:
         """Makes every bound weight base + patches; None where that is already so. Touches nothing else."""
         if not self.weights.needs(patches):
             return None
+        touched = {*patches, *self.weights.touched}
         self.last_refit = self.weights.refit(patches)
+        if self._recipe is not None and any(name.endswith(NORMS) for name in touched):
+            self._describe()
         self._ranges.restart()
         return self.last_refit
 

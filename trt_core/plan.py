@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .config import Attention, Backend, Layout, Profile, ShapeRange
@@ -43,6 +43,25 @@ class BlockChoice:
             "TensorRT" if self.layout is Layout.WHOLE and Backend.TENSORRT in self.backends else self.attention.value
         )
         return f"{self.layout.value} {' + '.join(b.value for b in self.backends)}, {inside} attention"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionChoice:
+    """The attention kernel between segments, what it takes, and the one inside Inductor's whole blocks of each kind
+    where that is another: E4M3 belongs inside, where q, k and v are rounded as they are made."""
+
+    between: Attention
+    between_ms: float
+    inside: Mapping[BlockKind, Attention] = field(default_factory=dict)
+
+    def of(self, name: SegmentName, backend: Backend) -> Attention:
+        """The kernel for this segment's block."""
+        whole = name is WHOLE_SEGMENT[name.kind] and backend is Backend.INDUCTOR
+        return self.inside.get(name.kind, self.between) if whole else self.between
+
+    def without(self, kind: BlockKind) -> AttentionChoice:
+        """The same with the kernel between segments inside blocks of this kind, too."""
+        return replace(self, inside={k: kernel for k, kernel in self.inside.items() if k is not kind})
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +126,7 @@ def _choice(fields: Mapping[str, Any]) -> BlockChoice:
 def choose(
     kind: BlockKind,
     measured: Mapping[tuple[SegmentName, Backend], float],
-    attention: Attention,
-    attention_ms: float,
+    attention: AttentionChoice,
 ) -> tuple[BlockChoice, float]:
     """The fastest way to run a block and its milliseconds, from what was measured for each segment and backend.
 
@@ -118,11 +136,11 @@ def choose(
     whole = WHOLE_SEGMENT[kind]
     for (name, backend), ms in measured.items():
         if name is whole:
-            options.append((ms, BlockChoice(kind, Layout.WHOLE, (backend,), attention)))
+            options.append((ms, BlockChoice(kind, Layout.WHOLE, (backend,), attention.of(name, backend))))
     halves = [_fastest(name, measured) for name in SPLIT_SEGMENTS[kind]]
     if all(halves):
-        total = attention_ms + sum(ms for ms, _ in halves if ms is not None)
-        options.append((total, BlockChoice(kind, Layout.SPLIT, tuple(b for _, b in halves), attention)))
+        total = attention.between_ms + sum(ms for ms, _ in halves if ms is not None)
+        options.append((total, BlockChoice(kind, Layout.SPLIT, tuple(b for _, b in halves), attention.between)))
     if not options:
         raise BuildFailed(f"No candidate for the {kind.value} block could be measured.", fix='Use backend="eager".')
     ms, best = min(options, key=lambda option: option[0])
@@ -149,6 +167,41 @@ def why_not_whole_tensorrt(
     if len(known) < len(halves) or sum(known) <= best_ms:
         return None
     return f"its halves take {sum(known):.2f} ms without attention, the best whole block {best_ms:.2f} ms"
+
+
+def why_not_inductor_half(
+    name: SegmentName,
+    measured: Mapping[tuple[SegmentName, Backend], float],
+    best_ms: float,
+    attention_ms: float,
+    products_ms: float = 0.0,
+) -> str | None:
+    """The reason why Inductor's half of a block need not be compiled, or None.
+
+    Inductor's whole block is its two halves with attention between them (H100: 2.04 ms to 2.10, 1.89 to 1.91), so only
+    a mix with TensorRT's other half can win. It cannot where eager's other half is as fast as TensorRT's: Inductor's is
+    as fast as eager's, so its whole block is as fast as the mix. Nor where TensorRT's half, attention and
+    `products_ms`, the least that Inductor's half takes (its matrix products alone), already take as long as the best.
+    """
+    other = _other_half(name)
+    if (WHOLE_SEGMENT[name.kind], Backend.INDUCTOR) not in measured:
+        return None
+    tensorrt, eager = (measured.get((other, backend)) for backend in (Backend.TENSORRT, Backend.EAGER))
+    if tensorrt is None:
+        return f"TensorRT has no {other.value} to run beside it"
+    if eager is not None and eager <= tensorrt:
+        return f"TensorRT's {other.value} beside it takes {tensorrt:.2f} ms, eager's {eager:.2f} ms"
+    least = tensorrt + attention_ms + products_ms
+    if least < best_ms:
+        return None
+    return (
+        f"with TensorRT's {other.value} and attention it takes {least:.2f} ms or more, the best block {best_ms:.2f} ms"
+    )
+
+
+def _other_half(name: SegmentName) -> SegmentName:
+    before, after = SPLIT_SEGMENTS[name.kind]
+    return after if name is before else before
 
 
 def summary(plan: Plan, milliseconds: Mapping[BlockKind, float], depths: Mapping[BlockKind, int]) -> str:

@@ -17,11 +17,13 @@ from .candidates import first_segments, why_not
 from .config import Attention, Backend, CompileConfig, Layout
 from .engine_cache import EngineKey
 from .errors import BuildFailed, CacheError, MissingDependency, OutOfMemory, TRTError
+from .flux import cudnn_attention
 from .flux.catalogue import SegmentName, source_version
 from .host import stop_if_cancelled
 from .measure import median_milliseconds
 from .plan import (
     WHOLE_SEGMENT,
+    AttentionChoice,
     BlockChoice,
     BlockKind,
     Measurement,
@@ -51,6 +53,8 @@ class PlanSearch:
     compiled: Compiled = field(default_factory=dict)
     milliseconds: dict[tuple[SegmentName, Backend], float] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
+    attention: AttentionChoice = field(default_factory=lambda: AttentionChoice(Attention.AUTO, 0.0))
+    """Ranked when the search begins."""
 
     def run(self) -> tuple[Plan, Compiled]:
         """The plan and the compiled segments it needs; everything else that was built is closed again.
@@ -110,6 +114,7 @@ class PlanSearch:
             # A compiler that was installed since makes a new choice possible.
             "precision": [compiler.precision(WHOLE_SEGMENT[kind]).to_dict() for kind in BlockKind],
             "left_out": sorted(backend.value for backend, reason in why_not(self.compiler).items() if reason),
+            "fp8_attention": cudnn_attention.installed(),
         }  # fmt: skip
         return EngineKey("plan", fields)
 
@@ -149,16 +154,16 @@ class PlanSearch:
 
     def _search(self) -> Plan:
         watch = Stopwatch()
-        attention, attention_ms, ranked = rank_attention(self.compiler, self.config.attention)
+        self.attention, ranked = rank_attention(self.compiler, self.config.attention)
         self.measurements += ranked
         backends = self._backends()
         if Backend.TENSORRT in backends:
-            self._build_with_tensorrt(backends, attention)
+            self._build_with_tensorrt(backends)
         else:
-            self._compile_others(backends, attention)
-        choices = self._choose(attention, attention_ms)
+            self._compile_others(backends)
+        choices = self._choose()
         if self.config.backend is Backend.AUTO and Backend.TENSORRT in backends:
-            choices = self._try_whole_tensorrt(choices, attention, attention_ms)
+            choices = self._try_whole_tensorrt(choices)
         plan = Plan(
             choices[BlockKind.DOUBLE][0],
             choices[BlockKind.SINGLE][0],
@@ -199,15 +204,15 @@ class PlanSearch:
         """Whether TensorRT is left out: then Inductor's halves could only repeat its whole blocks."""
         return any(m.left_out and m.backend == Backend.TENSORRT.value for m in self.measurements)
 
-    def _build_with_tensorrt(self, backends: list[Backend], attention: Attention) -> None:
+    def _build_with_tensorrt(self, backends: list[Backend]) -> None:
         """TensorRT's engines in processes of their own, Inductor's segments meanwhile here."""
         names = self._wanted(Backend.TENSORRT)
         cached = {name: self.compiler.from_cache(name) for name in names}
         missing = [name for name in names if cached[name] is None]
         self.compiled.update({(n, Backend.TENSORRT): c for n, c in cached.items() if c is not None})
-        self._with_builders(missing, lambda: self._compile_others(backends, attention))
+        self._with_builders(missing, lambda: self._compile_others(backends))
         for name in names:
-            self._measure(name, Backend.TENSORRT, attention)
+            self._measure(name, Backend.TENSORRT)
 
     def _with_builders(self, names: list[SegmentName], meanwhile: object) -> None:
         if not names:
@@ -238,27 +243,39 @@ class PlanSearch:
         except BuildFailed as error:
             self._failed(name, Backend.TENSORRT, error)
 
-    def _compile_others(self, backends: list[Backend], attention: Attention) -> None:
+    def _compile_others(self, backends: list[Backend]) -> None:
         """Inductor's and eager's segments."""
         jobs = [(name, b) for b in (Backend.INDUCTOR, Backend.EAGER) if b in backends for name in self._wanted(b)]
         for done, (name, backend) in enumerate(jobs):
             self._progress(f"{backend.value} compiles {name.value}", done, len(jobs))
             try:
-                self.compiled[name, backend] = self.compiler.compile(name, backend, attention)
+                self.compiled[name, backend] = self._compile_one(name, backend)
             except BuildFailed as error:
                 self._failed(name, backend, error)
             self._free_cached()
         for name, backend in jobs:
-            self._measure(name, backend, attention)
+            self._measure(name, backend)
 
-    def _measure(self, name: SegmentName, backend: Backend, attention: Attention) -> None:
+    def _compile_one(self, name: SegmentName, backend: Backend) -> CompiledSegment:
+        """Without FP8 attention inside where that is not exact enough."""
+        kernel = self.attention.of(name, backend)
+        try:
+            return self.compiler.compile(name, backend, kernel)
+        except BuildFailed as error:
+            if kernel is self.attention.between:
+                raise
+            self._leave_out(f"{kernel.value} attention in {name.value}", backend, str(error))
+            self.attention = self.attention.without(name.kind)
+            return self.compiler.compile(name, backend, self.attention.between)
+
+    def _measure(self, name: SegmentName, backend: Backend) -> None:
         """Times a segment at the profile's optimum; forced backends are not timed, there is nothing to choose."""
         compiled = self.compiled.get((name, backend))
         if compiled is None:
             return
         ms = 0.0
         if self.config.backend is Backend.AUTO:
-            inputs = self.compiler.inputs(name, attention)
+            inputs = self.compiler.inputs(name, self.attention.of(name, backend))
             with torch.no_grad():
                 ms = median_milliseconds(lambda: compiled(*inputs), self.compiler.device)
             del inputs
@@ -267,11 +284,11 @@ class PlanSearch:
         ratio = self.compiler.error_ratios.get((name, backend))
         self.measurements.append(Measurement(name.value, backend.value, ms or None, ratio))
 
-    def _choose(self, attention: Attention, attention_ms: float) -> dict[BlockKind, tuple[BlockChoice, float]]:
-        return {kind: choose(kind, self.milliseconds, attention, attention_ms) for kind in BlockKind}
+    def _choose(self) -> dict[BlockKind, tuple[BlockChoice, float]]:
+        return {kind: choose(kind, self.milliseconds, self.attention) for kind in BlockKind}
 
     def _try_whole_tensorrt(
-        self, choices: dict[BlockKind, tuple[BlockChoice, float]], attention: Attention, attention_ms: float
+        self, choices: dict[BlockKind, tuple[BlockChoice, float]]
     ) -> dict[BlockKind, tuple[BlockChoice, float]]:
         """Builds TensorRT's whole blocks where they can still win."""
         if self.layout is Layout.SPLIT:
@@ -287,8 +304,8 @@ class PlanSearch:
                 names.append(name)
         self._with_builders(names, None)
         for kind in BlockKind:
-            self._measure(WHOLE_SEGMENT[kind], Backend.TENSORRT, attention)
-        return self._choose(attention, attention_ms)
+            self._measure(WHOLE_SEGMENT[kind], Backend.TENSORRT)
+        return self._choose()
 
     def _remember(self, plan: Plan) -> None:
         info = {"double": plan.double.words(), "single": plan.single.words()}

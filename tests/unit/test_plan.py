@@ -10,8 +10,9 @@ import pytest
 
 from trt_core.config import Attention, Backend, Layout, Profile
 from trt_core.errors import BuildFailed
-from trt_core.flux.catalogue import SegmentName
+from trt_core.flux.catalogue import SPLIT_SEGMENTS, SegmentName
 from trt_core.plan import (
+    AttentionChoice,
     BlockChoice,
     BlockKind,
     Measurement,
@@ -19,19 +20,21 @@ from trt_core.plan import (
     choose,
     left_out,
     summary,
+    why_not_inductor_half,
     why_not_whole_tensorrt,
 )
 
 TRT, IND, EAGER = Backend.TENSORRT, Backend.INDUCTOR, Backend.EAGER
 QKV, OUT, WHOLE = SegmentName.DOUBLE_QKV, SegmentName.DOUBLE_OUT, SegmentName.DOUBLE_BLOCK
 SINGLE_QKV, SINGLE_OUT = SegmentName.SINGLE_QKV_MLP, SegmentName.SINGLE_OUT
+SINGLE_WHOLE = SegmentName.SINGLE_BLOCK
 ATTENTION_MS = 0.5
 
 Measured = Mapping[tuple[SegmentName, Backend], float]
 
 
 def double(measured: Measured) -> tuple[BlockChoice, float]:
-    return choose(BlockKind.DOUBLE, measured, Attention.CUDNN, ATTENTION_MS)
+    return choose(BlockKind.DOUBLE, measured, AttentionChoice(Attention.CUDNN, ATTENTION_MS))
 
 
 def split(*backends: Backend, kind: BlockKind = BlockKind.DOUBLE) -> BlockChoice:
@@ -70,7 +73,7 @@ def test_other_kinds_of_block_do_not_count() -> None:
 
 def test_nothing_measured_is_an_error_that_says_what_to_use() -> None:
     with pytest.raises(BuildFailed, match=r'No candidate for the single block.*backend="eager"'):
-        choose(BlockKind.SINGLE, {(QKV, TRT): 1.0, (OUT, TRT): 1.0}, Attention.FLASH, 0.1)
+        choose(BlockKind.SINGLE, {(QKV, TRT): 1.0, (OUT, TRT): 1.0}, AttentionChoice(Attention.FLASH, 0.1))
 
 
 def test_a_whole_tensorrt_block_is_built_only_where_it_can_win() -> None:
@@ -80,6 +83,62 @@ def test_a_whole_tensorrt_block_is_built_only_where_it_can_win() -> None:
     assert why_not_whole_tensorrt(BlockKind.DOUBLE, halves, best_ms=3.5) is None
     assert why_not_whole_tensorrt(BlockKind.DOUBLE, {(QKV, TRT): 9.0, (OUT, IND): 1.0}, best_ms=0.1) is None
     assert why_not_whole_tensorrt(BlockKind.SINGLE, halves, best_ms=0.1) is None
+
+
+# Measured on an H100, in ms: what Inductor's halves take is what the search need not find out.
+H100 = {
+    (WHOLE, IND): 2.042, (QKV, TRT): 1.111, (OUT, TRT): 1.960, (QKV, EAGER): 1.606, (OUT, EAGER): 1.357,
+    (SINGLE_WHOLE, IND): 1.891, (SINGLE_QKV, TRT): 1.978, (SINGLE_OUT, TRT): 1.205,
+    (SINGLE_QKV, EAGER): 1.868, (SINGLE_OUT, EAGER): 0.859,
+}  # fmt: skip
+H100_INDUCTOR_HALVES = {(QKV, IND): 0.489, (OUT, IND): 1.209, (SINGLE_QKV, IND): 0.850, (SINGLE_OUT, IND): 0.656}
+H100_ATTENTION = AttentionChoice(Attention.CUDNN, 0.403)
+
+
+def why_not_half(name: SegmentName, measured: Measured = H100, products_ms: float = 0.0) -> str | None:
+    best_ms = choose(name.kind, measured, H100_ATTENTION)[1]
+    return why_not_inductor_half(name, measured, best_ms, H100_ATTENTION.between_ms, products_ms)
+
+
+def test_where_eager_beats_tensorrts_half_no_mix_can_win() -> None:
+    assert why_not_half(SINGLE_OUT) == "TensorRT's single_qkv_mlp beside it takes 1.98 ms, eager's 1.87 ms"
+    assert why_not_half(SINGLE_QKV) == "TensorRT's single_out beside it takes 1.21 ms, eager's 0.86 ms"
+    assert why_not_half(QKV) == "TensorRT's double_out beside it takes 1.96 ms, eager's 1.36 ms"
+
+
+def test_a_half_that_may_win_is_compiled_unless_its_products_alone_take_too_long() -> None:
+    assert why_not_half(OUT) is None, "1.11 and attention leave 0.53 ms"
+    assert why_not_half(OUT, products_ms=0.5) is None
+    assert why_not_half(OUT, products_ms=1.1) == (
+        "with TensorRT's double_qkv and attention it takes 2.61 ms or more, the best block 2.04 ms"
+    )
+
+
+def test_a_tensorrt_half_that_is_slower_than_the_best_block_helps_no_mix() -> None:
+    measured = {(WHOLE, IND): 1.0, (QKV, TRT): 0.7, (OUT, TRT): 0.4, (QKV, EAGER): 2.0, (OUT, EAGER): 2.0}
+    assert why_not_half(OUT, measured) == (
+        "with TensorRT's double_qkv and attention it takes 1.10 ms or more, the best block 1.00 ms"
+    )
+    assert why_not_half(QKV, measured) is None
+
+
+def test_without_tensorrts_other_half_there_is_no_mix() -> None:
+    assert why_not_half(QKV, {(WHOLE, IND): 1.0}) == "TensorRT has no double_out to run beside it"
+
+
+def test_without_inductors_whole_block_its_halves_are_candidates() -> None:
+    measured = {key: ms for key, ms in H100.items() if key != (WHOLE, IND)}
+    assert why_not_half(QKV, measured) is None
+    assert why_not_half(OUT, measured) is None
+    assert why_not_half(SINGLE_OUT, measured) is not None, "another kind of block"
+
+
+def test_what_is_left_out_would_not_have_been_chosen() -> None:
+    for kind, products in ((BlockKind.DOUBLE, {OUT: 1.1}), (BlockKind.SINGLE, {})):
+        seen = choose(kind, H100, H100_ATTENTION)
+        for name in SPLIT_SEGMENTS[kind]:
+            assert why_not_half(name, products_ms=products.get(name, 0.0))
+        assert choose(kind, {**H100, **H100_INDUCTOR_HALVES}, H100_ATTENTION) == seen
 
 
 def test_a_choice_knows_its_segments() -> None:
@@ -194,3 +253,16 @@ def test_summary_of_what_was_not_measured_has_no_times() -> None:
 
 def test_left_out_measurements_are_found() -> None:
     assert [m.left_out for m in left_out(a_plan().measurements)] == ["it cannot win"]
+
+
+def test_fp8_attention_is_inside_inductors_whole_blocks_only() -> None:
+    attention = AttentionChoice(Attention.CUDNN, 0.4, {BlockKind.DOUBLE: Attention.FP8})
+    whole = {(SegmentName.DOUBLE_BLOCK, Backend.INDUCTOR): 1.0, (SegmentName.DOUBLE_BLOCK, Backend.TENSORRT): 2.0}
+    assert choose(BlockKind.DOUBLE, whole, attention)[0].attention is Attention.FP8
+    assert "fp8 attention" in choose(BlockKind.DOUBLE, whole, attention)[0].words()
+    by_tensorrt = {**whole, (SegmentName.DOUBLE_BLOCK, Backend.TENSORRT): 0.5}
+    assert choose(BlockKind.DOUBLE, by_tensorrt, attention)[0].attention is Attention.CUDNN
+    halves = {(name, Backend.INDUCTOR): 0.1 for name in SPLIT_SEGMENTS[BlockKind.DOUBLE]}
+    assert choose(BlockKind.DOUBLE, {**whole, **halves}, attention)[0].attention is Attention.CUDNN
+    without = attention.without(BlockKind.DOUBLE)
+    assert choose(BlockKind.DOUBLE, whole, without)[0].attention is Attention.CUDNN

@@ -14,11 +14,11 @@ from tests.unit.tiny_flux import bfl_weights, call_inputs, loaded, run, run_diff
 from trt_core.backends.compiler import SegmentCompiler
 from trt_core.config import Attention, Backend, CompileConfig, Layout, Profile, ShapeRange
 from trt_core.engine_cache import EngineCache
-from trt_core.errors import BuildCancelled, MissingDependency
+from trt_core.errors import BuildCancelled, MissingDependency, UnsupportedGPU
 from trt_core.flux.architecture import FluxArchitecture
 from trt_core.flux.catalogue import SegmentName
 from trt_core.host import Silent
-from trt_core.plan import BlockKind, Plan
+from trt_core.plan import AttentionChoice, BlockKind, Plan
 from trt_core.plan_search import PlanSearch
 
 MODEL = tiny_transformer(head_dim=16)
@@ -51,6 +51,26 @@ def search(
 ) -> PlanSearch:  # fmt: skip
     compiler = SegmentCompiler(arch, dtype, torch.device("cpu"), profile, EngineCache(cache), 1.5, progress or Silent())
     return PlanSearch(compiler, CompileConfig(backend, cache_folder=str(cache), **options), layout)
+
+
+def test_fp8_attention_that_is_not_exact_enough_is_left_out(tmp_path: Path) -> None:
+    """In fp32 it never is: the block is compiled without it, the other kind of block is not concerned."""
+    found = search(tmp_path, Backend.INDUCTOR)
+    inside = {kind: Attention.FP8 for kind in BlockKind}
+    found.attention = AttentionChoice(Attention.AUTO, 0.1, inside)
+    found._compile_one(SegmentName.SINGLE_BLOCK, Backend.INDUCTOR).close()
+    assert found.attention.inside == {BlockKind.DOUBLE: Attention.FP8}
+    (left_out,) = found.measurements
+    assert left_out.what == "fp8 attention in single_block"
+    assert "times eager PyTorch's error" in str(left_out.left_out)
+    assert found.compiler.error_ratios[SegmentName.SINGLE_BLOCK, Backend.INDUCTOR] <= 1.5
+
+
+def test_forced_fp8_attention_says_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(
+        UnsupportedGPU, match=r'attention="fp8" cannot be used: it needs an NVIDIA GPU.*attention="auto"'
+    ):
+        search(tmp_path, Backend.EAGER, attention=Attention.FP8).run()
 
 
 def test_auto_takes_eager_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

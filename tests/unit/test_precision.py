@@ -116,6 +116,35 @@ def test_excluded_layers_are_left_out_of_their_block_alone() -> None:
                                    "txt_mlp.2"}  # fmt: skip
 
 
+def norms(**gains: float) -> dict[str, Tensor]:
+    """The norms' weights of all blocks: 1, or the given number where a name contains the given text."""
+    shapes = flux_weights.weight_shapes(ARCH)
+    names = [name for name in shapes if name.endswith("norm.scale")]
+    return {
+        name: torch.full(shapes[name], next((g for part, g in gains.items() if part in name), 1.0)) for name in names
+    }
+
+
+def fp8_attention(tensors: dict[str, Tensor]) -> tuple[list[bool], list[bool]]:
+    found = BlockPrecisions.of(ARCH, plan_recipe(ARCH, Fp8Config()), tensors)
+    return [p.fp8_attention for p in found.double], [p.fp8_attention for p in found.single]
+
+
+def test_attention_may_be_fp8_where_the_norms_keep_logits_exact() -> None:
+    assert fp8_attention(norms()) == ([True] * 2, [True] * 3)
+    assert fp8_attention(norms(scale=3.0)) == ([False] * 2, [False] * 3)
+    sharp = norms()
+    sharp["single_blocks.1.norm.query_norm.scale"] *= 9
+    # Text's keys meet the image's queries.
+    sharp["double_blocks.1.txt_attn.norm.key_norm.scale"] *= 3
+    sharp["double_blocks.1.img_attn.norm.query_norm.scale"] *= 3
+    assert fp8_attention(sharp) == ([True, False], [True, False, True])
+    assert not any(p.fp8_attention for p in (*of().double, *of().single)), "norms that nobody looked at"
+    unusable = norms()
+    unusable["single_blocks.0.norm.key_norm.scale"][0] = torch.nan
+    assert fp8_attention(unusable)[1] == [False, True, True]
+
+
 def test_modulations_alone_leave_the_blocks_as_they_are() -> None:
     found = of("*_attn.*", "*_mlp.*", "*.linear1", "*.linear2")
     assert set(found.double) | set(found.single) == {PLAIN}

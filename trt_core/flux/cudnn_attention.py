@@ -104,6 +104,19 @@ def _scalar(value: float, device_index: int) -> Tensor:
     return torch.full((1, 1, 1, 1), value, device=torch.device("cuda", device_index))
 
 
-def sample(device: torch.device, heads: int, dim: int) -> Tensor:
-    """E4M3 [1, 64, heads, dim] of zeros, to try the kernel on."""
-    return torch.zeros((1, 64, heads, dim), device=device).to(FP8)
+def why_not(device: torch.device, dim: int) -> str | None:
+    """Why cuDNN has no such kernel for heads of `dim`, or None; tried on a few tokens."""
+    try:
+        import cudnn
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"{PACKAGE} does not start: {_first_line(error)}"
+    sample = torch.zeros((1, 64, 1, dim), device=device).to(FP8)
+    try:
+        attend(sample, sample, sample)
+    except (RuntimeError, cudnn.cudnnGraphNotSupportedError) as error:
+        return f"cuDNN refuses it: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

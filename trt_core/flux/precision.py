@@ -30,12 +30,14 @@ class Precision:
     """The FP8 layers of one kind of block by local name ("img_attn.qkv"); without any, the model's own dtype.
 
     `per_row`: a scale per output channel and per token, else one for the whole tensor. `static`: the activations'
-    scales come from calibration and are inputs, too; else each call finds them.
+    scales come from calibration and are inputs, too; else each call finds them. `fp8_attention`: attention may be in
+    E4M3, too, because the norms of q and k leave logits exact enough; whether it is, the plan says.
     """
 
     fp8: frozenset[str] = frozenset()
     per_row: bool = True
     static: bool = False
+    fp8_attention: bool = False
 
     def bound(self, names: Sequence[str], shapes: dict[str, tuple[int, ...]]) -> tuple[Bound, ...]:
         """Every weight input for the plain weights `names`: an FP8 weight is followed by its scales."""
