@@ -1,7 +1,8 @@
 """`python -m benchmarks.growth`: how the cost of a step and of a LoRA switch grows; one JSON line per point.
 
 One process, one compiled model per precision, the points that say most first. A point that this run's file already has
-is left out, so that a run which --limit stopped goes on where it was. Base weights are on the GPU.
+is left out, so that a run which --limit stopped goes on where it was. Base weights are on the GPU: while LoRAs are
+switched, it holds the model twice in bf16; while steps are measured, once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from . import model as models
 from .fp8_budget import seconds
 from .fp8_calls import call
 from .fp8_lines import TINY, Line, append, device_of
-from .lines import RESULTS
+from .lines import RESULTS, read
 from .run import machine
 
 REPEATS, SWITCHES = 5, 4
@@ -66,10 +67,14 @@ class Switch:
 Point = Step | Switch
 BASE = Step()
 POINTS: tuple[Point, ...] = (
-    BASE, Step(2048), Step(512), Switch(16), Switch(16, 8), Switch(128), Switch(4), Step(1536), Step(batch=2),
-    Step(batch=4), Step(batch=8), Step(768), Step(1024, 256), Step(2048, 256), Switch(64), Switch(32), Switch(16, 2),
-    Switch(16, 4), Step(512, 256), Step(1536, 256), Step(768, 256),
+    BASE, Step(2048), Step(512), Step(1024, 256),
+    Switch(16), Switch(16, 8), Switch(128), Switch(4),
+    Step(1536), Step(768), Step(batch=2), Step(batch=4), Step(batch=8),
+    Switch(64), Switch(32), Switch(16, 4), Switch(16, 2),
+    Step(2048, 256), Step(512, 256), Step(1536, 256), Step(768, 256),
 )  # fmt: skip
+"""Wherever `--limit` cuts, the ends of each kind come before what lies between them. Neighbours of one rank share their
+adapters, whose making costs seconds, and no step comes between."""
 
 
 # -- one point ---------------------------------------------------------------------------------------------------------
@@ -188,10 +193,11 @@ def measure(
     ours: Any = trt_core.compile_transformer(model, base_weights="gpu", profile=profile, **options)
     grown = Grown(ours, device, BASE.tiny() if tiny else BASE)
     for done, point in enumerate(points):
-        if time.perf_counter() > deadline:
+        if (started := time.perf_counter()) > deadline:
             sys.stderr.write(f"--limit: {len(points) - done} points of {precision} are left for another run\n")
             break
-        yield {"precision": precision, **grown.measure(point)}
+        measured = {**grown.measure(point), **({} if done else {"first_of_process": True})}
+        yield {"precision": precision, **measured, "point_seconds": time.perf_counter() - started}
     trt_core.restore_transformer(ours)
 
 
@@ -205,9 +211,8 @@ def _holds(line: Line, fields: Line) -> bool:
     return all(line.get(name) == value for name, value in fields.items())
 
 
-def read(folder: Path | None) -> list[Line]:
-    paths = sorted(folder.glob("*.jsonl")) if folder is not None else []
-    return [json.loads(text) for path in paths for text in path.read_text().splitlines()]
+def read_all(folder: Path | None) -> list[Line]:
+    return [line for path in sorted(folder.glob("*.jsonl")) for line in read(path)] if folder is not None else []
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -222,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     started, device, about = time.perf_counter(), device_of(args.tiny), machine()
     folder = args.results or (None if args.tiny else RESULTS / "growth")
-    lines, options = read(folder), {"backend": args.backend, "cache_folder": args.cache}
+    lines, options = read_all(folder), {"backend": args.backend, "cache_folder": args.cache}
     for place, precision in enumerate(args.precision, start=1):
         points = missing(points_of(args.tiny), lines, run=args.run, precision=precision, gpu=about["gpu"])
         deadline = started + args.limit * place / len(args.precision)

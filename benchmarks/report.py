@@ -4,18 +4,18 @@ compares."""
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from .plot import Panel, Series, svg
+from .lines import RESULTS, Line, with_ratios
+from .report_growth import growth_plot, growth_section
+from .report_tables import PRECISIONS, latest, lines_of, number, stack, table
+from .scenarios import SCENARIOS
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results"
 _PART = "<!-- {} -->"
 _NAMES = {"eager": "diffusers, eager", "compile_repeated_blocks": "diffusers, `compile_repeated_blocks`",
+          "torchao": "diffusers, `compile_repeated_blocks`, torchao FP8 per row",
           "mttm": "Torch-TensorRT's mutable module"}  # fmt: skip
 _COLUMNS = (
     "what runs", "batch", "ms per step", "to eager", "first call, s", "warm first call, s", "LoRA switch, ms",
@@ -26,27 +26,12 @@ _COMFYUI_COLUMNS = (
     "removed, s", "GPU peak, GB", "difference to ComfyUI's own", "run",
 )  # fmt: skip
 _KEYS = ("scenario", "mode", "precision", "backend", "base_weights", "lora_node", "batch", "height_px", "text_tokens")
-_GROWTH_KEYS = ("kind", "precision", "height_px", "text_tokens", "batch", "lora_rank", "loras")
 _PROFILE_KEYS = ("precision", "backend", "height_px", "text_tokens", "batch")
 _PROFILE_COLUMNS = ("what the kernels are for", "ms", "share", "floor, ms", "times floor", "launches")
-_PRECISIONS = {"bf16": "bf16", "fp8": "FP8"}
 GROWTH_PLOT = "growth.svg"
-Line = dict[str, Any]
 
 
-def latest(lines: list[dict[str, Any]], keys: tuple[str, ...] = _KEYS) -> list[dict[str, Any]]:
-    """The last line of every case, cases of the last run first and each run in its own order."""
-    found = {tuple(line.get(key) for key in keys): line for line in lines}
-    runs = list(dict.fromkeys(line["run"] for line in reversed(lines)))
-    return sorted(found.values(), key=lambda line: (runs.index(line["run"]), lines.index(line)))
-
-
-def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table; an empty cell was not measured."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, tuple("---" for _ in columns), *rows))
-
-
-def _row(line: dict[str, Any]) -> tuple[str, ...]:
+def _row(line: Line) -> tuple[str, ...]:
     name = _NAMES.get(line["scenario"], "")
     if not name:
         base = f", base weights on the {line['base_weights']}" if line.get("base_weights") else ""
@@ -55,31 +40,31 @@ def _row(line: dict[str, Any]) -> tuple[str, ...]:
     return (
         name,
         str(line["batch"]),
-        _number(line, "step_ms", 1, ".1f"),
-        _number(line, "ratio_to_eager", 1, ".2f"),
-        _number(line, "first_call_seconds", 1, ".1f"),
-        _number(line, "warm_first_call_seconds", 1, ".1f"),
-        _number(line, "lora_switch_ms", 1, ".0f"),
-        _number(line, "gpu_peak_bytes", 1e-9, ".1f"),
-        _number(line, "host_peak_bytes_above_weights", 1e-9, ".1f"),
-        _number(line, "plan_bytes", 1e-6, ".1f") if line.get("plan_bytes") else "",
-        _number(line, "error_ratio", 1, ".2f"),
+        number(line, "step_ms", 1, ".1f"),
+        number(line, "ratio_to_eager", 1, ".2f"),
+        number(line, "first_call_seconds", 1, ".1f"),
+        number(line, "warm_first_call_seconds", 1, ".1f"),
+        number(line, "lora_switch_ms", 1, ".0f"),
+        number(line, "gpu_peak_bytes", 1e-9, ".1f"),
+        number(line, "host_peak_bytes_above_weights", 1e-9, ".1f"),
+        number(line, "plan_bytes", 1e-6, ".1f") if line.get("plan_bytes") else "",
+        number(line, "error_ratio", 1, ".2f"),
         line["run"],
     )
 
 
-def _comfyui_row(line: dict[str, Any]) -> tuple[str, ...]:
+def _comfyui_row(line: Line) -> tuple[str, ...]:
     own = line["scenario"] == "comfyui"
     base = f", base weights on the {line.get('base_weights')}"
     switch = line["switch_seconds"]
     return (
         "ComfyUI itself" if own else f"TRT Compile Transformer, {line['backend']}{base}",
         _SERVERS.get(line["mode"], line["mode"]),
-        _number(line, "step_ms", 1, ".1f"),
-        _number(line, "first_run_seconds", 1, ".1f"),
+        number(line, "step_ms", 1, ".1f"),
+        number(line, "first_run_seconds", 1, ".1f"),
         *(f"{switch[name]:.2f}" for name in ("addition", "other_file", "other_strength", "removal")),
-        _number(line, "gpu_peak_bytes", 1e-9, ".1f"),
-        _number(line, "error_to_stock", 1, ".1e"),
+        number(line, "gpu_peak_bytes", 1e-9, ".1f"),
+        number(line, "error_to_stock", 1, ".1e"),
         line["run"],
     )
 
@@ -87,21 +72,23 @@ def _comfyui_row(line: dict[str, Any]) -> tuple[str, ...]:
 _SERVERS = {"dynamic": "Dynamic VRAM", "legacy": "`--disable-dynamic-vram`", "lowvram": "`--lowvram`"}
 
 
-def _number(line: dict[str, Any], name: str, factor: float, form: str) -> str:
-    return format(line[name] * factor, form) if name in line else ""
+def _section(lines: list[Line]) -> str:
+    """The text for one GPU: on what it was measured, and a table."""
+    cases = latest(with_ratios(lines), _KEYS, _place)
+    return f"{stack(cases)}\n\n{table(_COLUMNS, [_row(line) for line in cases])}"
 
 
-def section(path: Path, columns: tuple[str, ...], row: Callable[[dict[str, Any]], tuple[str, ...]]) -> str:
-    """The text for one results file: on what it was measured, and a table."""
-    lines = latest([json.loads(text) for text in path.read_text().splitlines()])
-    if not lines:
-        return ""
-    return f"{_stack(lines[0])}\n\n{table(columns, [row(line) for line in lines])}"
+def _comfyui_section(lines: list[Line]) -> str:
+    cases = latest(lines, _KEYS)
+    return f"{stack(cases)}\n\n{table(_COMFYUI_COLUMNS, [_comfyui_row(line) for line in cases])}"
 
 
-def _stack(about: Line) -> str:
-    stack = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version != "none")
-    return f"{about['gpu']}, driver {about['driver']}, {stack}."
+def _place(line: Line) -> tuple[int, int]:
+    """Where a run goes through this scenario: two processes may have written its lines side by side."""
+    names = ("scenario", "precision", "backend", "base_weights")
+    order = [tuple(getattr(scenario, name) for name in names) for scenario in SCENARIOS]
+    case = tuple(line.get(name) for name in names)
+    return (order.index(case) if case in order else len(order)), line["batch"]
 
 
 # -- one step by kernel ------------------------------------------------------------------------------------------------
@@ -111,7 +98,7 @@ def profile_title(line: Line) -> str:
     """What was profiled, and the numbers of the whole step."""
     floor = f", {line['step_ms'] / line['floor_ms']:.2f} times the floor" if "floor_ms" in line else ""
     return (
-        f'{_PRECISIONS[line["precision"]]}, `backend="{line["backend"]}"`, {line["height_px"]} px, '
+        f'{PRECISIONS[line["precision"]]}, `backend="{line["backend"]}"`, {line["height_px"]} px, '
         f"{line['text_tokens']} text tokens, batch {line['batch']}: {line['step_ms']:.1f} ms per step{floor}; "
         f"the GPU idles {line['idle_share']:.1%}."
     )
@@ -132,97 +119,17 @@ def _profile_section(lines: list[Line]) -> str:
     cases = latest(lines, _PROFILE_KEYS)
     parts = [f"{profile_title(case)} Run {case['run']}.\n\n{table(_PROFILE_COLUMNS, profile_rows(case))}"
              for case in cases]  # fmt: skip
-    return "\n\n".join((_stack(cases[0]), *parts))
-
-
-# -- growth ------------------------------------------------------------------------------------------------------------
-
-
-def _growth_section(lines: list[Line]) -> str:
-    cases = latest(lines, _GROWTH_KEYS)
-    steps = _beside(
-        [line for line in cases if line["kind"] == "step"], ("batch", "text_tokens", "height_px"),
-        ("batch", "text tokens", "picture, px per side"),
-        (("ms per step", "step_ms", 1, ".1f"), ("GB above weights", "bytes_above_weights", 1e-9, ".1f")),
-    )  # fmt: skip
-    loras = _beside(
-        [line for line in cases if line["kind"] == "lora"], ("loras", "lora_rank"), ("LoRAs at once", "rank"),
-        (("ms per switch", "lora_switch_ms", 1, ".0f"), ("of which refit", "lora_refit_ms", 1, ".0f")),
-    )  # fmt: skip
-    return "\n\n".join(filter(None, (_stack(cases[0]), steps, loras)))
-
-
-def _beside(
-    lines: list[Line], keys: tuple[str, ...], names: tuple[str, ...], values: tuple[tuple[str, str, float, str], ...]
-) -> str:
-    """A table with a row for each case by `keys`, and each precision's `values` (name, field, factor, format) in it."""
-    if not lines:
-        return ""
-    there = [precision for precision in _PRECISIONS if any(line["precision"] == precision for line in lines)]
-    found: dict[tuple[Any, ...], dict[str, Line]] = {}
-    for line in lines:
-        found.setdefault(tuple(line[key] for key in keys), {})[line["precision"]] = line
-    columns = [f"{_PRECISIONS[precision]}, {name}" for precision in there for name, *_ in values]
-    rows = []
-    for case in sorted(found):
-        cells = [_cell(found[case].get(precision, {}), *value[1:]) for precision in there for value in values]
-        runs = sorted({line["run"] for line in found[case].values()})
-        rows.append((*map(str, case), *cells, ", ".join(runs)))
-    return table((*names, *columns, "run"), rows)
-
-
-def _cell(line: Line, field: str, factor: float, form: str) -> str:
-    return "does not fit" if "skipped" in line else _number(line, field, factor, form)
-
-
-def growth_plot(files: list[list[Line]]) -> str:
-    """The SVG of all GPUs' lines, or nothing where there are none."""
-    cases = [line for lines in files for line in latest(lines, _GROWTH_KEYS) if "skipped" not in line]
-    steps = [line for line in cases if line["kind"] == "step" and (line["batch"], line["text_tokens"]) == (1, 512)]
-    loras = [line for line in cases if line["kind"] == "lora" and line["loras"] == 1]
-    panels = []
-    if steps:
-        series = _series(steps, lambda line: line["height_px"] * line["width_px"] * 1e-6, "step_ms", _size_of)
-        panels.append(Panel("One step, batch 1, 512 text tokens", "picture, megapixels", "step, ms", series))
-    if loras:
-        series = _series(loras, lambda line: line["lora_rank"], "lora_switch_ms", lambda line: f"{line['lora_rank']}")
-        panels.append(Panel("LoRA switch, all block matrices", "LoRA rank", "switch, ms", series))
-    return svg(panels, "How the cost of a step and of a LoRA switch grows") if panels else ""
-
-
-def _series(
-    lines: list[Line], x: Callable[[Line], float], field: str, words: Callable[[Line], str]
-) -> tuple[Series, ...]:
-    gpus = list(dict.fromkeys(line["gpu"] for line in lines))
-    made = []
-    for gpu in gpus:
-        for precision, name in _PRECISIONS.items():
-            mine = sorted((line for line in lines if (line["gpu"], line["precision"]) == (gpu, precision)), key=x)
-            if mine:
-                points = tuple((x(line), line[field]) for line in mine)
-                labels = tuple(f"{words(line)}: {line[field]:.1f} ms" for line in mine)
-                made.append(Series(name if len(gpus) == 1 else f"{gpu}, {name}", points, labels))
-    return tuple(made)
-
-
-def _size_of(line: Line) -> str:
-    return f"{line['width_px']} x {line['height_px']} px"
+    return "\n\n".join((stack(cases), *parts))
 
 
 # -- the README --------------------------------------------------------------------------------------------------------
 
 
-def lines_of(folder: Path) -> list[list[Line]]:
-    """The lines of each GPU's file that has any; those of small models are none."""
-    files = [[json.loads(text) for text in path.read_text().splitlines()] for path in sorted(folder.glob("*.jsonl"))]
-    return list(filter(None, ([line for line in lines if not line.get("tiny")] for lines in files)))
-
-
 def updated(readme: str, results: Path = RESULTS) -> str:
     """The README with its generated parts written anew."""
-    own = [section(path, _COLUMNS, _row) for path in sorted(results.glob("*.jsonl"))]
-    comfyui = [section(path, _COMFYUI_COLUMNS, _comfyui_row) for path in sorted((results / "comfyui").glob("*.jsonl"))]
-    growth = [_growth_section(lines) for lines in lines_of(results / "growth")]
+    own = [_section(lines) for lines in lines_of(results)]
+    comfyui = [_comfyui_section(lines) for lines in lines_of(results / "comfyui")]
+    growth = [growth_section(lines) for lines in lines_of(results / "growth")]
     if growth:
         growth.append(f"![Step time by picture size, LoRA switch by rank](benchmarks/results/{GROWTH_PLOT})")
     profiles = [_profile_section(lines) for lines in lines_of(results / "profile")]

@@ -179,6 +179,15 @@ def test_the_points_are_those_of_the_issue() -> None:
     assert all(growth.shapes().holds(s.batch, (s.height_px // 16) ** 2, s.text_tokens) for s in steps)
 
 
+def test_a_run_that_is_cut_has_the_ends_of_each_kind() -> None:
+    begun = POINTS[:8]
+    sizes = {point.height_px for point in begun if isinstance(point, Step)}
+    ranks = {point.lora_rank for point in begun if isinstance(point, Switch) and point.loras == 1}
+    assert sizes == {512, 1024, 2048}
+    assert ranks == {4, 16, 128}
+    assert Switch(16, 8) in begun
+
+
 def test_what_does_not_fit_is_skipped_with_its_reason() -> None:
     def too_large() -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
@@ -230,6 +239,8 @@ def test_a_run_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (precision, kind) for precision in ("bf16", "fp8") for kind in ("step", "lora", "step")
     ]
     assert all(line["tiny"] for line in lines)
+    assert [line.get("first_of_process") for line in lines] == [True, None, None] * 2
+    assert all(line["point_seconds"] > line.get("first_call_seconds", 0) for line in lines)
 
 
 def test_points_are_known_by_run_precision_and_gpu() -> None:

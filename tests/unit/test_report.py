@@ -76,6 +76,58 @@ def test_growth_tables_hold_the_last_line_of_each_case(tmp_path: Path) -> None:
     assert text.endswith("(benchmarks/results/growth.svg)")
 
 
+def test_growth_says_what_a_size_costs_that_was_not_seen(tmp_path: Path) -> None:
+    """Without the first point of a process, which compiles."""
+    lines = [
+        step("bf16", 1024, 100.0, first_call_seconds=40.0, first_of_process=True),
+        step("bf16", 2048, 800.0, first_call_seconds=1.05), step("bf16", 512, 40.0, first_call_seconds=0.16),
+        step("bf16", 1024, 90.0, first_call_seconds=9.09, text_tokens=256),
+        step("bf16", 1024, 200.0, first_call_seconds=7.2, batch=2), step("fp8", 512, 30.0, first_call_seconds=0.08),
+    ]  # fmt: skip
+    text = part(report.updated(EMPTY, place(tmp_path / "results", growth=lines)), "growth benchmark")
+    assert (
+        "A new resolution inside the profile costs once, above a step: bf16 0.12 to 0.25 s, FP8 0.05 to 0.05 s." in text
+    )
+    assert "A new batch size costs once, above a step: bf16 7.00 to 7.00 s." in text
+
+
+def measured(scenario: str, ms: float, **changes: Any) -> dict[str, Any]:
+    sizes = {"height_px": 1024, "width_px": 1024, "text_tokens": 512}
+    return {"scenario": scenario, "precision": "bf16", "batch": 1, "step_ms": ms, **sizes, **ABOUT, **changes}
+
+
+def rows_of(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("| ")]
+
+
+def test_two_processes_make_one_table_in_the_order_of_a_run(tmp_path: Path) -> None:
+    """Lines as two GPUs of one host wrote them: eager's after what is compared with it, an early one before a whole."""
+    results = place(tmp_path / "results")
+    torchao = measured("torchao", 80.0, precision="fp8", versions={**ABOUT["versions"], "torchao": "0.18.0"})
+    lines = [
+        measured("mttm", 150.0), {**torchao, "incomplete": True, "step_ms": 1.0}, measured("eager", 400.0, batch=2),
+        measured("eager", 200.0), torchao, measured("eager", 50.0, run="r0"),
+    ]  # fmt: skip
+    (results / "gpu-x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [lines[-1], *lines[:-1]]))
+    text = part(report.updated(EMPTY, results), "benchmark")
+    assert text.splitlines()[0] == "GPU X, driver 1.2, torch 9.9, torchao 0.18.0."
+    assert [row[:4] for row in rows_of(text)[2:]] == [
+        ["diffusers, eager", "1", "200.0", "1.00"], ["diffusers, eager", "2", "400.0", "1.00"],
+        ["diffusers, `compile_repeated_blocks`, torchao FP8 per row", "1", "80.0", "0.40"],
+        ["Torch-TensorRT's mutable module", "1", "150.0", "0.75"],
+    ]  # fmt: skip
+
+
+def test_every_gpu_has_a_section_the_newest_first(tmp_path: Path) -> None:
+    """The one whose lines have no time is the oldest, whatever its run and its file are called."""
+    results = place(tmp_path / "results")
+    for gpu, changes in (("a", {"run": "r9"}), ("b", {"measured": "2026-11-24"}), ("c", {"measured": "2026-11-25"})):
+        line = measured("eager", 200.0, **changes, gpu=f"GPU {gpu}")
+        (results / f"gpu-{gpu}.jsonl").write_text(json.dumps(line) + "\n")
+    text = part(report.updated(EMPTY, results), "benchmark")
+    assert [line[:5] for line in text.splitlines() if line.startswith("GPU")] == ["GPU c", "GPU b", "GPU a"]
+
+
 def test_the_profile_table(tmp_path: Path) -> None:
     text = part(report.updated(EMPTY, place(tmp_path / "results", profile=[PROFILE])), "profile benchmark")
     assert "90.0 ms per step, 1.50 times the floor; the GPU idles 2.1%. Run r1." in text
