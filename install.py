@@ -73,12 +73,27 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
+def decide_attention(capability: tuple[int, int] | None) -> Decision | None:
+    """What FP8 attention needs on this GPU; None where there is nothing to say."""
+    requirement = packages.cudnn_frontend_requirement(capability) if capability else None
+    if requirement is None:
+        return None
+    return Decision(f"Installing {requirement}: attention of FP8 models runs in FP8 with it.", requirement)
+
+
+def capability() -> tuple[int, int] | None:
+    """The current GPU's compute capability, or None where torch sees none."""
+    return importlib.import_module("torch").cuda.get_device_capability() if gpu_name() else None
+
+
 def main() -> int:
     torch_version = packages.installed("torch")
-    decision = decide(torch_version, gpu_name() if torch_version else None, packages.installed)
-    _say(decision.text)
-    if decision.requirement and torch_version:
-        _say(install(decision.requirement, torch_version))
+    found = decide(torch_version, gpu_name() if torch_version else None, packages.installed)
+    for decision in (found, decide_attention(capability() if torch_version else None)):
+        if decision is not None:
+            _say(decision.text)
+            if decision.requirement and torch_version:
+                _say(install(decision.requirement, torch_version))
     return 0
 
 

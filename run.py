@@ -230,6 +230,8 @@ def install_tensorrt(pip: list[str], torch_version: str, gpu: str) -> None:
 
 
 def install(python: Path, kind: str, gpu: str) -> None:
+    from trt_core.packages import CUDNN_FRONTEND_REQUIREMENT
+
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     say(f"[1/3] torch ({'CPU build' if kind == 'cpu' else 'CUDA build'})")
     torch_version = install_torch(pip, python, kind)
@@ -241,6 +243,7 @@ def install(python: Path, kind: str, gpu: str) -> None:
     say(f"[3/3] Torch-TensorRT{' for ' + gpu if gpu else ': not without an NVIDIA GPU'}")
     if kind == "gpu":
         install_tensorrt(pip, torch_version, gpu)
+        checked([*pip, CUDNN_FRONTEND_REQUIREMENT], "Installing cuDNN's front end")
     test = "import torch, diffusers, transformers, peft; print('cuda', torch.cuda.is_available())"
     if "cuda True" not in checked([str(python), "-c", test], "Importing what was installed") and gpu:
         say(f"      torch {torch_version} cannot use {gpu}: update its driver. Until then the CPU is used.")

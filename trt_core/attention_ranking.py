@@ -12,6 +12,12 @@ from .flux.attention import attention_function, runnable_kernels, runs
 from .flux.catalogue import BlockKind
 from .flux.fp8 import FP8
 from .measure import median_milliseconds
+from .packages import (
+    CUDNN_FRONTEND,
+    CUDNN_FRONTEND_REQUIREMENT,
+    FP8_ATTENTION_CAPABILITY,
+    install_line,
+)
 from .plan import WHOLE_SEGMENT, AttentionChoice, Measurement
 
 _WORTH_IT = 0.9
@@ -42,11 +48,11 @@ def why_not_fp8_attention(device: torch.device, head_dim: int) -> str | None:
     if device.type != "cuda":
         return "it needs an NVIDIA GPU"
     capability = torch.cuda.get_device_capability(device)
-    if capability < cudnn_attention.OLDEST_CAPABILITY:
-        oldest = ".".join(map(str, cudnn_attention.OLDEST_CAPABILITY))
+    if capability < FP8_ATTENTION_CAPABILITY:
+        oldest = ".".join(map(str, FP8_ATTENTION_CAPABILITY))
         return f"it needs compute capability {oldest}, and this GPU has {capability[0]}.{capability[1]}"
     if not cudnn_attention.installed():
-        return f"{cudnn_attention.PACKAGE} is not installed (pip install {cudnn_attention.PACKAGE})"
+        return f"{CUDNN_FRONTEND} is not installed: {install_line(CUDNN_FRONTEND_REQUIREMENT)}"
     return cudnn_attention.why_not(device, head_dim)
 
 

@@ -15,6 +15,12 @@ from .errors import MissingDependency
 STANDARD = "torch-tensorrt"
 RTX = "torch-tensorrt-rtx"
 """Both wheels import as `torch_tensorrt`, so an environment can hold only one of them."""
+CUDNN_FRONTEND = "nvidia-cudnn-frontend"
+"""NVIDIA's Python front end to the cuDNN that comes with torch. FP8 attention needs it."""
+CUDNN_FRONTEND_REQUIREMENT = f"{CUDNN_FRONTEND}<1.23"
+"""3 MB that need nothing else; newer ones ask for CUTLASS's compiler, which is not used here (they work, too)."""
+FP8_ATTENTION_CAPABILITY = (9, 0)
+"""The oldest GPUs on which cuDNN has attention in E4M3 (H100)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +108,18 @@ def _advice() -> str:
     gpu_name = torch.cuda.get_device_name()
     requirement = torch_tensorrt_requirement(torch_version, gpu_name)
     name, version = requirement.split("==")
-    if installed(name) == version:
+    missing = [] if installed(name) == version else [requirement]
+    if extra := cudnn_frontend_requirement(torch.cuda.get_device_capability()):
+        missing.append(extra)
+    if not missing:
         return f"{requirement} is installed, as torch {torch_version} on {gpu_name} needs it."
-    return f"For torch {torch_version} on {gpu_name}:\n{install_line(requirement)}"
+    return f"For torch {torch_version} on {gpu_name}:\n{install_line(*missing)}"
+
+
+def cudnn_frontend_requirement(capability: tuple[int, int]) -> str | None:
+    """What FP8 attention needs installed on a GPU of this compute capability, or None: nothing, or it cannot run."""
+    needed = capability >= FP8_ATTENTION_CAPABILITY and installed(CUDNN_FRONTEND) is None
+    return CUDNN_FRONTEND_REQUIREMENT if needed else None
 
 
 def main() -> int:

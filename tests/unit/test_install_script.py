@@ -68,3 +68,12 @@ def test_pip_is_held_to_the_installed_torch(tmp_path, monkeypatch: pytest.Monkey
     assert asked.read_text().split() == ["-m", "pip", "install", "torch-tensorrt==2.13.0", "torch==2.13.0+cu130"]
     assert "could not install" in said
     assert "was not touched" in said
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [((9, 0), True), ((12, 0), True), ((8, 9), False), (None, False)])
+def test_cudnns_front_end_where_its_fp8_attention_runs(capability: tuple[int, int] | None, wanted: bool) -> None:
+    assert packages.installed(packages.CUDNN_FRONTEND) is None
+    decision = install.decide_attention(capability)
+    assert (decision is not None) is wanted
+    if decision is not None:
+        assert decision.requirement == packages.CUDNN_FRONTEND_REQUIREMENT

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..packages import CUDNN_FRONTEND
 from .fp8 import FP8, FP8_MAX
 
-PACKAGE = "nvidia-cudnn-frontend"
-OLDEST_CAPABILITY = (9, 0)
 _KEPT_SHAPES = 16
 """Graphs that are kept; one takes about 0.1 s to make."""
 
@@ -109,7 +108,7 @@ def why_not(device: torch.device, dim: int) -> str | None:
     try:
         import cudnn
     except (ImportError, OSError, RuntimeError) as error:
-        return f"{PACKAGE} does not start: {_first_line(error)}"
+        return f"{CUDNN_FRONTEND} does not start: {_first_line(error)}"
     sample = torch.zeros((1, 64, 1, dim), device=device).to(FP8)
     try:
         attend(sample, sample, sample)
