@@ -17,6 +17,7 @@ from .flux.weights import weight_shapes
 from .fp8_recipe import Fp8Recipe
 from .host_slabs import HostSlabs, piece_bytes
 from .lora.changes import Additive, Patch, merged
+from .low_rank_merge import merge_fp8
 from .quantized_weights import QuantizedWeights, scale_name
 from .weights import disjoint
 
@@ -139,6 +140,8 @@ class Fp8Weights(QuantizedWeights):
             super()._write(name, patches)
             return
         base = self._original(name).to(self.device, non_blocking=True)
+        if patches and self._per_row and merge_fp8(self._bound(name), base, patches):
+            return
         if not disjoint(patches):
             self._quantize(merged(base, patches), self._bound(name))
         elif self._per_row:

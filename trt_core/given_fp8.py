@@ -14,6 +14,7 @@ from .errors import UnsupportedModel
 from .flux import fp8
 from .fp8_recipe import Activations, Fp8Config, Fp8Recipe, Granularity
 from .lora.changes import Patch, merged
+from .low_rank_merge import merge_fp8
 from .quantized_weights import QuantizedWeights, scale_name
 
 
@@ -81,7 +82,9 @@ class GivenFp8Weights(QuantizedWeights):
             super()._write(name, patches)
         elif patches:
             weight, scale = (bits.to(self.device, non_blocking=True) for bits in self._bits(name))
-            self._quantize(merged(fp8.dequantize(weight, scale, torch.float32), patches), self._bound(name))
+            base = fp8.dequantize(weight, scale, torch.float32)
+            if not (self._per_row and merge_fp8(self._bound(name), base, patches)):
+                self._quantize(merged(base, patches), self._bound(name))
         else:
             self._put_base(name)
 

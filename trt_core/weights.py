@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import low_rank_merge
 from .background import Stopwatch
 from .base_storage import BaseSource, BaseStorage, HostSlabs
 from .config import BaseWeights
@@ -158,6 +159,8 @@ class BoundWeights:
         base = self._kept(name).to(bound.device, non_blocking=True)
         if not patches:
             bound.copy_(base)
+        elif low_rank_merge.merge(bound, base, patches):
+            return
         elif disjoint(patches):
             _add_rows(bound, base, patches)
         else:
