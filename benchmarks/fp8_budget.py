@@ -21,6 +21,7 @@ from . import model as models
 from .fp8_calls import call
 from .fp8_lines import TINY, TINY_PX, TINY_TEXT_TOKENS, Line, device_of, parser, write
 from .memory import MemoryPeaks
+from .progress import Progress
 
 PX, TEXT_TOKENS, RANK, STEPS = 1024, 512, 16, 10
 SWITCHES = ("b", "a", "b", "a")
@@ -29,7 +30,8 @@ SWITCHES = ("b", "a", "b", "a")
 def measure(
     device: torch.device, gb: float, px: int, text_tokens: int, options: dict[str, Any], changes: dict[str, Any]
 ) -> Iterator[Line]:
-    """One line. The order is the point: once the limit stands, the model is never on the GPU in full size."""
+    """One line, before it an `incomplete` one without LoRAs. The order is the point: once the limit stands, the model
+    is never on the GPU in full size."""
     baseline_bytes = used_bytes(device)
     model = models.full_size_transformer(device, **changes).cpu()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
@@ -37,14 +39,22 @@ def measure(
     line = {"kind": "budget", "budget_gb": gb, "weight_bytes": weight_bytes}
     with MemoryPeaks(device) if device.type == "cuda" else nullcontext() as peaks:
         phases: dict[str, dict[str, int]] = {}
-        line |= run(model, device, px, text_tokens, options, phases)
-    if peaks is not None:
-        line |= largest(phases)
-        line["gpu_peak_bytes"] = peaks.gpu_bytes
-        line["gpu_peak_bytes_above_baseline"] = peaks.gpu_bytes - baseline_bytes
+        for measured in run(model, device, px, text_tokens, options, phases):
+            yield {**line, **measured, **_memory(peaks, phases, baseline_bytes, weight_bytes)}
+
+
+def _memory(
+    peaks: MemoryPeaks | None, phases: dict[str, dict[str, int]], baseline_bytes: int, weight_bytes: int
+) -> Line:
+    if peaks is None:
+        return {}
+    return {
+        **largest(phases),
+        "gpu_peak_bytes": peaks.gpu_bytes,
+        "gpu_peak_bytes_above_baseline": peaks.gpu_bytes - baseline_bytes,
         # Not `host_bytes_without`: at first these weights are in ordinary memory, which every system counts.
-        line["host_peak_bytes_above_weights"] = peaks.host_bytes - weight_bytes
-    yield line
+        "host_peak_bytes_above_weights": peaks.host_bytes - weight_bytes,
+    }
 
 
 def used_bytes(device: torch.device) -> int:
@@ -73,7 +83,7 @@ def limit(device: torch.device, gb: float) -> None:
 def run(
     model: nn.Module, device: torch.device, px: int, text_tokens: int, options: dict[str, Any],
     phases: dict[str, dict[str, int]],
-) -> Line:  # fmt: skip
+) -> Iterator[Line]:  # fmt: skip
     """Everything under the limit: the model, which lies in host memory, to the GPU, its first call, steps, LoRAs."""
     import trt_core
 
@@ -86,21 +96,24 @@ def run(
         line["first_call_seconds"] = seconds(lambda: call(ours, arguments), device)
     with phase("steps", device, phases):
         line["step_ms"] = median_milliseconds(lambda: call(ours, arguments), device, STEPS)
-    with phase("loras", device, phases):
-        line |= lora_switches(ours, arguments, device)
     line["parameter_bytes_on_device"] = sum(p.nbytes for p in ours.parameters() if p.device == device)
     report = ours.trt_report()
-    return {**line, "plan_bytes": report.plan_bytes, "segments": report.segments}
+    line |= {"plan_bytes": report.plan_bytes, "segments": report.segments}
+    yield {**line, "incomplete": True}
+    with phase("loras", device, phases):
+        line |= lora_switches(ours, arguments, device)
+    yield line
 
 
 @contextmanager
 def phase(name: str, device: torch.device, phases: dict[str, dict[str, int]]) -> Iterator[None]:
     """Adds to `phases` the peaks of what is done inside, in bytes of this process's GPU tensors."""
-    if device.type != "cuda":
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with Progress("fp8_budget").phase(name):
         yield
+    if device.type != "cuda":
         return
-    torch.cuda.reset_peak_memory_stats(device)
-    yield
     phases[name] = {
         "allocated": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.max_memory_reserved(device),
     }  # fmt: skip

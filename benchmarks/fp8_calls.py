@@ -29,6 +29,15 @@ def at(arguments: dict[str, Tensor], latent: Tensor, sigma: float) -> dict[str, 
     return {**arguments, "hidden_states": latent.to(known), "timestep": torch.full_like(arguments["timestep"], sigma)}
 
 
+def attention_is_fp8(model: Any) -> bool:
+    """Whether attention of the weights that are bound now runs in E4M3: their recipe's simulation rounds it, too."""
+    if not hasattr(model, "trt_report"):
+        return False
+    bound = model._trt_state.module._bound
+    allowed = bound is not None and any(precision.fp8_attention for precision in (*bound.double, *bound.single))
+    return allowed and "fp8 attention" in str(model.trt_report().segments)
+
+
 def cosine(one: Tensor, other: Tensor) -> float:
     return float(F.cosine_similarity(one.flatten().double(), other.flatten().double(), dim=0))
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from . import model as models
-from .fake_quant import fake_quantized
+from .fake_quant import FakeAttention, fake_quantized
 from .fp8_calls import at, call, cosine, exact, same_bits
 from .fp8_lines import TINY, TINY_PX, TINY_TEXT_TOKENS, Line, device_of, parser, write
 from .fp8_loras import LORA_CALLS, lora_gain_lines, lora_name, lora_switch_line
 from .process import relative
+from .progress import Progress
 from .wide import widened
 
 BRANCH_GAIN = 0.05
@@ -39,6 +40,8 @@ def reference(model: Any, wide: Any, arguments: dict[str, Tensor], adversarial: 
     seen = {"eager": call(model, arguments)}
     with fake_quantized(model):
         seen["simulated"] = call(model, arguments)
+        with FakeAttention():
+            seen["simulated_attention"] = call(model, arguments)
     with fake_quantized(wide):
         seen["simulated_fp32"] = call(wide, exact(arguments))
     for name, output in seen.items():
@@ -46,10 +49,14 @@ def reference(model: Any, wide: Any, arguments: dict[str, Tensor], adversarial: 
     return line, truth
 
 
-def forward_line(kind: str, seen: Tensor, line: Line, truth: Tensor) -> Line:
+def forward_line(kind: str, seen: Tensor, line: Line, truth: Tensor, fp8_attention: bool) -> Line:
+    """`ratio_to_recipe`: to the simulation that rounds what this model rounds."""
     error = relative(seen, truth)
-    ratios = {f"ratio_to_{name}": error / line[f"{name}_error"] for name in ("simulated", "simulated_fp32")}
-    return {"kind": "forward", "weights": kind, "error": error, "cosine": cosine(seen, truth), **ratios, **line}
+    names = ("simulated", "simulated_attention", "simulated_fp32")
+    ratios = {f"ratio_to_{name}": error / line[f"{name}_error"] for name in names}
+    ratios["ratio_to_recipe"] = ratios["ratio_to_simulated_attention" if fp8_attention else "ratio_to_simulated"]
+    about = {"kind": "forward", "weights": kind, "fp8_attention": fp8_attention}
+    return {**about, "error": error, "cosine": cosine(seen, truth), **ratios, **line}
 
 
 def refill(model: Any, adversarial: bool) -> None:
@@ -99,7 +106,7 @@ def euler_line(ours: Any, wide: Any, arguments: dict[str, Tensor]) -> Line:
 
     noise = curve(noisy(in_fp32, sum(errors) / len(errors)))
     fp8 = curve(in_fp8)
-    with fake_quantized(wide):
+    with fake_quantized(wide), FakeAttention() if attention_is_fp8(ours) else nullcontext():
         simulated = curve(in_fp32)
     return {"kind": "euler", "steps": STEPS, "step_errors": errors, **curves(fp8, noise, simulated)}
 
@@ -137,23 +144,28 @@ def measure(
     import trt_core
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    model = models.full_size_transformer(device, BRANCH_GAIN, **changes)
-    wide = widened(model)
-    arguments = models.inputs(model, 1, px, px, text_tokens)
-    known = {kind: reference(model, wide, arguments, kind == "adversarial") for kind in ("adversarial", "plain")}
+    progress = Progress("fp8_quality")
+    with progress.phase("references"):
+        model = models.full_size_transformer(device, BRANCH_GAIN, **changes)
+        wide, arguments = widened(model), models.inputs(model, 1, px, px, text_tokens)
+        known = {kind: reference(model, wide, arguments, kind == "adversarial") for kind in ("adversarial", "plain")}
     trt_core.quantize_fp8_(model)
     ours: Any = trt_core.compile_transformer(model, base_weights="gpu", **options)
-    plain = call(ours, arguments)
+    with progress.phase("first call"):
+        plain = call(ours, arguments)
     yield {**forward_line("plain", plain, *known["plain"]), "segments": ours.trt_report().segments}
-    refill(ours, adversarial=True)
-    yield forward_line("adversarial", call(ours, arguments), *known["adversarial"])
+    with progress.phase("adversarial weights"):
+        refill(ours, adversarial=True)
+        yield forward_line("adversarial", call(ours, arguments), *known["adversarial"])
     refill(ours, adversarial=False)
     if not same_bits(call(ours, arguments), plain):
         raise SystemExit("The same weights, bound again, gave another output.")
     yield from lora_gain_lines(ours, wide, arguments)
-    yield lora_switch_line(ours, arguments)
+    with progress.phase("LoRA switches"):
+        yield lora_switch_line(ours, arguments)
     ours.delete_adapters([lora_name(size) for size in LORA_CALLS])
-    yield euler_line(ours, wide, arguments)
+    with progress.phase("20 steps"):
+        yield euler_line(ours, wide, arguments)
 
 
 def main() -> None:

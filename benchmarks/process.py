@@ -18,7 +18,7 @@ import torch
 from trt_core.measure import median_milliseconds
 
 from . import model as models
-from .fake_quant import fake_quantized
+from .fake_quant import FakeAttention, fake_quantized
 from .fp8_budget import seconds
 from .fp8_calls import call, exact
 from .fp8_lines import TINY, device_of
@@ -161,7 +161,8 @@ def _error_ratio(job: Job, model: Any, transformer: Any) -> float | None:
         if not baked:
             refill(model, adversarial=kind == "adversarial")
         seen = call(transformer, job.inputs(model, 1))
-        yardstick = saved["simulated_error" if job.scenario.precision == "fp8" else "eager_error"]
+        simulated = "simulated_attention_error" if attention_is_fp8(transformer) else "simulated_error"
+        yardstick = saved[simulated if job.scenario.precision == "fp8" else "eager_error"]
         ratios.append(relative(seen, saved["fp32"].to(seen.device)) / yardstick)
         job.progress.say(f"{kind} weights: error {ratios[-1]:.3f} of the yardstick's")
     if not baked:
@@ -191,7 +192,10 @@ def write_references(job: Job) -> None:
         fp32, eager = call(wide, exact(arguments)), call(model, arguments)
         with fake_quantized(model):
             simulated = call(model, arguments)
-        errors = {"eager_error": relative(eager, fp32), "simulated_error": relative(simulated, fp32)}
+            with FakeAttention():
+                with_attention = call(model, arguments)
+        outputs = {"eager": eager, "simulated": simulated, "simulated_attention": with_attention}
+        errors = {f"{name}_error": relative(output, fp32) for name, output in outputs.items()}
         path = job.references / f"reference_{kind}.pt"
         # Renamed when it is whole: another process may look for it meanwhile.
         torch.save({"fp32": fp32.cpu(), **errors}, path.with_suffix(f".{os.getpid()}"))

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _EVERY_SECONDS = 10.0
+_IMPORTED = time.time()
 
 
 class Progress:
-    """Words with the seconds since `started` (of `time.time`, which another process may have read)."""
+    """Words with the seconds since `started` (of `time.time`, which another process may have read; None: since this
+    module was imported)."""
 
-    def __init__(self, name: str, started: float) -> None:
-        self._name, self._started = name, started
+    def __init__(self, name: str, started: float | None = None) -> None:
+        self._name, self._started = name, _IMPORTED if started is None else started
 
     def say(self, words: str) -> None:
         sys.stderr.write(f"{self._name}, {time.time() - self._started:5.1f} s: {words}\n")
