@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from . import model as models
 from .fake_quant import FakeAttention, fake_quantized
-from .fp8_calls import at, call, cosine, exact, same_bits
+from .fp8_calls import at, attention_is_fp8, call, cosine, exact, same_bits
 from .fp8_lines import TINY, TINY_PX, TINY_TEXT_TOKENS, Line, device_of, parser, write
 from .fp8_loras import LORA_CALLS, lora_gain_lines, lora_name, lora_switch_line
 from .process import relative
@@ -153,10 +154,14 @@ def measure(
     ours: Any = trt_core.compile_transformer(model, base_weights="gpu", **options)
     with progress.phase("first call"):
         plain = call(ours, arguments)
-    yield {**forward_line("plain", plain, *known["plain"]), "segments": ours.trt_report().segments}
+    yield {
+        **forward_line("plain", plain, *known["plain"], attention_is_fp8(ours)),
+        "segments": ours.trt_report().segments,
+    }
     with progress.phase("adversarial weights"):
         refill(ours, adversarial=True)
-        yield forward_line("adversarial", call(ours, arguments), *known["adversarial"])
+        seen = call(ours, arguments)
+        yield forward_line("adversarial", seen, *known["adversarial"], attention_is_fp8(ours))
     refill(ours, adversarial=False)
     if not same_bits(call(ours, arguments), plain):
         raise SystemExit("The same weights, bound again, gave another output.")

@@ -20,7 +20,7 @@ from trt_core.measure import median_milliseconds
 from . import model as models
 from .fake_quant import FakeAttention, fake_quantized
 from .fp8_budget import seconds
-from .fp8_calls import call, exact
+from .fp8_calls import attention_is_fp8, call, exact
 from .fp8_lines import TINY, device_of
 from .memory import MemoryPeaks
 from .progress import Progress

@@ -1,4 +1,4 @@
-"""Attention in E4M3 on a GPU: our kernels against the plain arithmetic, cuDNN against the reference, compiled blocks."""
+"""Attention in E4M3 on a GPU: our kernels against plain arithmetic, cuDNN against the reference, compiled blocks."""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ def test_from_products_to_attention() -> None:
 def test_q_k_v_are_rounded_once_and_text_comes_first() -> None:
     img, txt = stream(5, 1, extra=9), stream(3, 7)
     q, k, v, scale = quantized_qkv(img, txt, HEADS)
-    assert {x.dtype for x in (q, k, v)} == {FP8} and all(x.is_contiguous() for x in (q, k, v))
+    assert {x.dtype for x in (q, k, v)} == {FP8}
+    assert all(x.is_contiguous() for x in (q, k, v))
     all_v = torch.cat([s.qkv[..., 2 * HEADS * DIM : 3 * HEADS * DIM] for s in (txt, img)], 1)
     assert float(scale) == pytest.approx(float(all_v.abs().max()) / 448)
     assert relative_l2((v.float() * scale).flatten(2), all_v) < 0.04

@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import trt_core
 from benchmarks import fp8_budget, fp8_lines, fp8_loras, fp8_quality, model
+from benchmarks.fake_quant import FakeAttention
 from benchmarks.fp8_calls import at, call, exact
+from benchmarks.process import relative
 from benchmarks.wide import widened
 from tests.unit.fp8_simulation import fused_layers
 from trt_core import block_precisions, diffusers_binding, fp8_model, host_slabs, mutable_module
@@ -117,10 +119,10 @@ def test_errors_that_repeat_are_told_from_noise(small: Any, fixed: bool) -> None
 def test_eager_as_if_it_were_fp8_is_measured_as_eager(small: Any) -> None:
     arguments = call_of(small)
     line, truth = fp8_quality.reference(small, widened(small), arguments, adversarial=True)
-    seen = fp8_quality.forward_line("adversarial", call(small, arguments), line, truth)
+    seen = fp8_quality.forward_line("adversarial", call(small, arguments), line, truth, False)
     assert (seen["error"], seen["cosine"]) == (line["eager_error"], line["eager_cosine"])
     assert seen["ratio_to_simulated"] == line["eager_error"] / line["simulated_error"] < 1
-    assert fp8_quality.forward_line("plain", truth, line, truth)["error"] == 0
+    assert fp8_quality.forward_line("plain", truth, line, truth, False)["error"] == 0
 
 
 # -- LoRAs -------------------------------------------------------------------------------------------------------------
@@ -263,3 +265,27 @@ def test_the_gpu_never_holds_the_model_in_full_size(
     bound = 1.15 * fp8_bytes + others + 20 * largest
     assert bound < 2 * fp8_bytes
     assert (device_bytes.most <= bound) is (where is BaseWeights.HOST)
+
+
+def test_simulated_attention_rounds_and_does_nothing_else() -> None:
+    """Every operand matters, and the order of heads and tokens does."""
+    q, k, v = (torch.randn(2, 3, 20, 16, generator=torch.Generator().manual_seed(s)) for s in range(3))
+    exact_output = torch.nn.functional.scaled_dot_product_attention(q, k, v * 50)
+    with FakeAttention():
+        seen = torch.nn.functional.scaled_dot_product_attention(q, k, v * 50)
+        keywords = torch.nn.functional.scaled_dot_product_attention(query=q, key=k, value=v * 50)
+    assert torch.equal(seen, keywords)
+    assert 0.02 < relative(seen, exact_output) < 0.08
+    grid = [x.to(torch.float8_e4m3fn).float() for x in (q, k)]
+    with FakeAttention():
+        assert torch.equal(torch.nn.functional.scaled_dot_product_attention(*grid, v * 50), seen)
+        assert not torch.equal(torch.nn.functional.scaled_dot_product_attention(q, k, v * 70), seen)
+
+
+def test_the_recipes_own_simulation_is_the_yardstick() -> None:
+    line = {f"{name}_error": value for name, value in
+            (("simulated", 0.02), ("simulated_attention", 0.04), ("simulated_fp32", 0.01))}  # fmt: skip
+    truth = torch.ones(4)
+    for fp8_attention, expected in ((False, 5.0), (True, 2.5)):
+        found = fp8_quality.forward_line("plain", truth * 1.1, line, truth, fp8_attention)
+        assert found["ratio_to_recipe"] == pytest.approx(expected)
