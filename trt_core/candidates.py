@@ -20,16 +20,18 @@ def why_not(compiler: SegmentCompiler) -> dict[Backend, str | None]:
     }
 
 
-def first_segments(backend: Backend, layout: Layout | None, halves_too: bool) -> list[SegmentName]:
-    """Segments to build first: halves for TensorRT and eager; whole blocks, with `halves_too` halves too, for Inductor.
+def halves() -> list[SegmentName]:
+    return [name for kind in BlockKind for name in SPLIT_SEGMENTS[kind]]
+
+
+def first_segments(backend: Backend, layout: Layout | None) -> list[SegmentName]:
+    """Segments to build first: halves for TensorRT and eager, whole blocks for Inductor.
 
     A `layout` of `SPLIT` leaves only halves.
     """
-    halves = [name for kind in BlockKind for name in SPLIT_SEGMENTS[kind]]
     if layout is Layout.SPLIT or backend is not Backend.INDUCTOR:
-        return halves
-    wholes = [WHOLE_SEGMENT[kind] for kind in BlockKind]
-    return wholes + halves if halves_too else wholes
+        return halves()
+    return [WHOLE_SEGMENT[kind] for kind in BlockKind]
 
 
 def _why_not_tensorrt(compiler: SegmentCompiler) -> str | None:

@@ -154,5 +154,5 @@ def test_the_plan_search_builds_checks_and_remembers_fp8_engines(tmp_path: Path)
     plans = [search.run()[0] for search in searches]
     assert {backend for _, backend, _ in plans[0].needed()} == {Backend.TENSORRT}
     assert plans[1] == plans[0]
-    assert not searches[1].measurements, "the second one found the plan in the cache"
+    assert not searches[1].trials.measurements, "the second one found the plan in the cache"
     assert all(ratio < 1.2 for ratio in searches[0].compiler.error_ratios.values()), searches[0].compiler.error_ratios

@@ -56,11 +56,11 @@ def search(
 def test_fp8_attention_that_is_not_exact_enough_is_left_out(tmp_path: Path) -> None:
     """In fp32 it never is: the block is compiled without it, the other kind of block is not concerned."""
     found = search(tmp_path, Backend.INDUCTOR)
-    inside = {kind: Attention.FP8 for kind in BlockKind}
-    found.attention = AttentionChoice(Attention.AUTO, 0.1, inside)
-    found._compile_one(SegmentName.SINGLE_BLOCK, Backend.INDUCTOR).close()
-    assert found.attention.inside == {BlockKind.DOUBLE: Attention.FP8}
-    (left_out,) = found.measurements
+    inside = dict.fromkeys(BlockKind, Attention.FP8)
+    found.trials.attention = AttentionChoice(Attention.AUTO, 0.1, inside)
+    found.trials.compile_one(SegmentName.SINGLE_BLOCK, Backend.INDUCTOR).close()
+    assert found.trials.attention.inside == {BlockKind.DOUBLE: Attention.FP8}
+    (left_out,) = found.trials.measurements
     assert left_out.what == "fp8 attention in single_block"
     assert "times eager PyTorch's error" in str(left_out.left_out)
     assert found.compiler.error_ratios[SegmentName.SINGLE_BLOCK, Backend.INDUCTOR] <= 1.5
@@ -116,7 +116,7 @@ def test_masks_ask_for_split_blocks(tmp_path: Path) -> None:
 
 def was_searched(searched: PlanSearch) -> bool:
     """A search measures; a remembered plan is only loaded."""
-    return bool(searched.milliseconds)
+    return bool(searched.trials.milliseconds)
 
 
 def test_a_plan_is_remembered(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_plan_of_another_version_is_searched_again(
     content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = search(tmp_path)
-    asked.compiler.cache.put(asked._key(), {"plan.json": content}, {})
+    asked.compiler.cache.put(asked.store.key(), {"plan.json": content}, {})
     plan, _ = asked.run()
     assert was_searched(asked)
     assert "The cached plan is not used" in caplog.text

@@ -25,7 +25,8 @@ from . import tensorrt_api
 from .base import CompiledSegment, Request
 from .check import check
 from .eager import EagerSegment
-from .inductor import InductorSegment
+from .inductor import COMPILE_THREADS, InductorSegment
+from .products import products_milliseconds
 from .tensorrt import Scratch, TensorRTSegment
 from .tensorrt_worker import describe
 
@@ -55,6 +56,8 @@ class SegmentCompiler:
     """Of each kind of block; one that is missing is the model's dtype."""
     samples: Mapping[BlockKind, tuple[Sequence[Tensor], Sequence[Tensor]]] = field(default_factory=dict)
     """Weights of one block of each kind, before and after attention, to measure with; else random ones are made."""
+    compile_threads: int = COMPILE_THREADS
+    """How many kernels Inductor compiles at a time."""
     scratch: Scratch = field(init=False)
     error_ratios: dict[tuple[SegmentName, Backend], float] = field(default_factory=dict)
     build_seconds: dict[tuple[SegmentName, Backend], float] = field(default_factory=dict)
@@ -94,12 +97,19 @@ class SegmentCompiler:
         """An Inductor or eager segment, checked. TensorRT plans are built by `Builders` and come in by `from_plan`."""
         watch = Stopwatch()
         request = self.request(name, attention)
-        compiled = EagerSegment(request) if backend is Backend.EAGER else InductorSegment(request)
+        compiled = self._uncompiled(request, backend)
         if backend is Backend.INDUCTOR:
             stage = f"Inductor compiles {name.value}"
             ratio = run_cancellable(lambda: check(compiled, request, self.error_ratio_bound), self.progress, stage)
             self._note(name, backend, ratio, watch.seconds())
         return compiled
+
+    def _uncompiled(self, request: Request, backend: Backend) -> EagerSegment | InductorSegment:
+        return EagerSegment(request) if backend is Backend.EAGER else InductorSegment(request, self.compile_threads)
+
+    def products_milliseconds(self, name: SegmentName) -> float:
+        """What the segment's matrix products alone take at the profile's optimum, as far as that can be told."""
+        return products_milliseconds(self.request(name), self.inputs(name, None))
 
     def from_cache(self, name: SegmentName) -> TensorRTSegment | None:
         """The TensorRT segment whose engine is cached, checked; None on a miss or where the engine is bad."""
