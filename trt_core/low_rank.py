@@ -37,6 +37,7 @@ def low_rank_sections(
     """All rows of a weight of `shape` in order, cut where a patch begins or ends; factors on `device` in their dtypes.
 
     None where a patch is anything but a low-rank product that fits the weight. What has strength or scale 0 is no term.
+    Copies of factors are on their way, in the order of the device's current stream.
     """
     if len(shape) != 2:
         return None
@@ -52,7 +53,7 @@ def low_rank_sections(
         ):
             return None
         if change.scale != 0:
-            up, down = (factor.to(device).contiguous() for factor in (change.up, change.down))
+            up, down = (factor.to(device, non_blocking=True).contiguous() for factor in (change.up, change.down))
             spans.append((start, stop, Term(up, down, float(strength * change.scale))))
     edges = sorted({0, shape[0], *(edge for span in spans for edge in span[:2])})
     return [Section(start, stop, _terms(spans, start, stop)) for start, stop in itertools.pairwise(edges)]
