@@ -10,7 +10,7 @@ import torch
 from .attention_ranking import rank_attention
 from .backends.base import CompiledSegment
 from .backends.compile_workers import end_compile_workers
-from .backends.compiler import SegmentCompiler
+from .backends.compiler import SegmentCompiler, tensorrt_runtime
 from .backends.inductor import COMPILE_THREADS
 from .background import Stopwatch
 from .candidates import first_segments, halves, why_not
@@ -164,16 +164,18 @@ class PlanSearch:
         missing = self.trials.not_cached(engines)
         # No processes for Inductor beside the builders: it is done before them anyway.
         self.compiler.compile_threads = 1 if missing else COMPILE_THREADS
-        built = build_plans(self.compiler, missing, self._processes(), lambda: self._rank_and_compile(others))
+        built = build_plans(self.compiler, missing, self._processes(), lambda: self._beside_builders(others, missing))
         self.compiler.compile_threads = COMPILE_THREADS
         for name, plan in built.items():
             self.trials.take(name, plan)
         self.trials.measure([*others, *jobs.get(Backend.TENSORRT, [])])
 
-    def _rank_and_compile(self, jobs: list[Job]) -> None:
+    def _beside_builders(self, jobs: list[Job], building: list[SegmentName]) -> None:
         self.trials.attention, ranked = rank_attention(self.compiler, self.config.attention)
         self.trials.measurements += ranked
         self.trials.compile(jobs)
+        if building:
+            tensorrt_runtime()  # takes a second that the builders leave; they have mapped the same library
 
     def _processes(self) -> int:
         return 1 if self.config.backend is Backend.AUTO else _BUILDER_PROCESSES

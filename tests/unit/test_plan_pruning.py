@@ -106,6 +106,7 @@ def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
     ranked = AttentionChoice(Attention.CUDNN, ATTENTION_MS), [Measurement("attention", "cudnn", ATTENTION_MS)]
     monkeypatch.setattr(plan_search, "rank_attention", lambda compiler, forced: ranked)
     monkeypatch.setattr(plan_search, "build_plans", _built)
+    monkeypatch.setattr(plan_search, "tensorrt_runtime", lambda: None)
     monkeypatch.setattr(trials, "median_milliseconds", lambda run, device: run())
     monkeypatch.setattr(PlanSearch, "_backends", lambda self: self.compiler.candidates)
 
@@ -181,6 +182,19 @@ def test_builders_end_before_engines_are_loaded_and_inductor_has_no_processes_be
     ended = events.index("builders end")
     assert all(events.index((name, TRT)) > ended for name in HALVES)
     assert events[events.index((OUT, IND)) - 1] == "threads 4", "no builder runs any more"
+
+
+def test_tensorrts_runtime_is_loaded_while_builders_run_and_not_without_them(
+    searched: Callable[..., PlanSearch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = searched(H100)
+    monkeypatch.setattr(plan_search, "tensorrt_runtime", lambda: search.compiler.events.append("runtime"))
+    search.run()
+    events = search.compiler.events
+    assert events[: events.index("builders end")][-1] == "runtime"
+    search = searched(H100, backends=(IND, EAGER))
+    search.run()
+    assert "runtime" not in search.compiler.events
 
 
 def test_masks_compile_inductors_halves_at_once_and_no_whole_block(searched: Callable[..., PlanSearch]) -> None:
