@@ -21,7 +21,7 @@ from .flux.architecture import FluxArchitecture
 from .flux.catalogue import BlockKind
 from .flux.precision import PLAIN, Precision
 from .host import Progress
-from .plan import Measurement
+from .plan import BlockChoice, Measurement
 from .plan_search import PlanSearch
 
 _LOG = logging.getLogger("trt_core.module")
@@ -86,6 +86,11 @@ class Compilation:
     @property
     def empty(self) -> bool:
         return not self._compiled
+
+    @property
+    def choices(self) -> list[BlockChoice]:
+        """How blocks run, of every kind and variant that is compiled."""
+        return [choice for c in self._compiled.values() for choice in (c.plan.double, c.plan.single)]
 
     def blocks(self, bound: Bound, shapes: Shapes, samples: Samples, progress: Progress) -> Blocks:
         """The blocks for these shapes, compiled now where they are not."""

@@ -145,3 +145,5 @@ class CompileConfig:
     """None: the user's cache folder, or TRT_CORE_CACHE."""
     error_ratio_bound: float = field(default=1.5)
     """A compiled segment's error against fp32 may be this many times that of eager PyTorch in the same dtype."""
+    cuda_graph: bool = True
+    """False: every step launches its kernels one by one, also where a CUDA graph of the whole step could."""

@@ -27,6 +27,7 @@ def compile_transformer(
     rebuild_outside_profile: bool = True,
     cache_folder: str | None = None,
     progress: Progress | None = None,
+    cuda_graph: bool = True,
 ) -> nn.Module:
     """The transformer, which compiles itself at its first call. A pipeline is changed in place.
 
@@ -36,6 +37,7 @@ def compile_transformer(
     base_weights: where unchanged weights of LoRA-touched layers are kept: "auto", "gpu" or "host".
     profile: sizes that engines accept; None takes 256 to 2048 px and tunes for the first call.
     progress: None shows a bar in the terminal. Ctrl-C cancels; what was built by then is cached.
+    cuda_graph: from the third call with a size on, a step is one launch; False never captures.
 
     Raises `InvalidOption` for an unknown word and `UnsupportedModel` for anything but a FLUX.1 transformer.
     """
@@ -46,6 +48,7 @@ def compile_transformer(
         profile,
         rebuild_outside_profile,
         cache_folder,
+        cuda_graph=cuda_graph,
     )
     transformer = _denoiser(pipe_or_transformer)
     if not isinstance(transformer, nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping
 from enum import Enum
 
 import torch
@@ -13,12 +13,10 @@ from .block_precisions import NORMS, BlockPrecisions
 from .block_runner import BlockRunner
 from .compilation import Blocks, Bound, Compilation, Samples, Shapes
 from .config import CompileConfig
-from .errors import TRTError
-from .execution import BlockWeights, DoubleBlock, Pe, SingleBlock
+from .errors import OutOfMemory, TRTError
+from .execution import BlockWeights
 from .extras import Extras
-from .flux import stem
 from .flux.architecture import FluxArchitecture
-from .flux.rope import rope_cos_sin
 from .flux.weights import check_complete, weight_shapes
 from .fp8_recipe import Fp8Recipe
 from .fp8_weights import Fp8Weights, Placed, base_place
@@ -27,6 +25,8 @@ from .host import Progress, Silent
 from .host_slabs import HostSlabs
 from .range_check import RangeCheck
 from .report import Report
+from .step import Step, StepInputs
+from .step_graph import StepGraphs, why_not_graph
 from .weight_checks import check_one_device, check_uniform
 from .weights import BoundWeights, RefitReport, WeightPatches
 
@@ -44,7 +44,8 @@ class ModuleState(Enum):
 class MutableTRTModule:
     """One FLUX transformer: `load` binds weights, the first call compiles, `refit` changes weights, `close` ends it.
 
-    Tensors that were bound are read by address at every call: they must stay where they are until `close`.
+    Tensors that were bound are read by address at every call: they must stay where they are until `close`. A size that
+    is called for the third time becomes a CUDA graph (`step_graph`), which a `refit` leaves valid: it writes in place.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class MutableTRTModule:
         self._bound: Bound | None = None
         self._samples: Samples = {}
         self._ranges = RangeCheck(arch)
+        self._graphs = StepGraphs()
         self._double_weights: list[BlockWeights] = []
         self._single_weights: list[BlockWeights] = []
         self._scale_first = False
@@ -137,6 +139,7 @@ class MutableTRTModule:
         check_uniform(weights)
 
     def _bind(self, weights: BoundWeights, fp8: Fp8Recipe | None = None) -> None:
+        self._graphs.drop()
         kind = (weights.device, weights.dtype)
         if kind != self._compiled_kind:
             self._compilation.close()
@@ -146,6 +149,7 @@ class MutableTRTModule:
 
     def _describe(self) -> None:
         """What blocks are made for these weights: again where the norms of q and k changed."""
+        self._graphs.drop()
         weights, fp8 = self.weights, self._recipe
         precisions = BlockPrecisions.of(self.arch, fp8, weights.tensors)
         self._bound = Bound(weights.dtype, weights.device, precisions.double, precisions.single)
@@ -169,11 +173,19 @@ class MutableTRTModule:
         if not self.weights.needs(patches):
             return None
         touched = {*patches, *self.weights.touched}
-        self.last_refit = self.weights.refit(patches)
+        self.last_refit = self._refit(patches)
         if self._recipe is not None and any(name.endswith(NORMS) for name in touched):
             self._describe()
         self._ranges.restart()
         return self.last_refit
+
+    def _refit(self, patches: Mapping[str, WeightPatches]) -> RefitReport:
+        try:
+            return self.weights.refit(patches)
+        except OutOfMemory:
+            if not self._graphs.drop():
+                raise
+        return self.weights.refit(patches)  # with the memory of the graphs
 
     def unload(self) -> None:
         """Restores the bound weights to their base and lets go of them; compiled segments stay for the next `load`."""
@@ -191,12 +203,14 @@ class MutableTRTModule:
 
     def discard(self) -> None:
         """As `close` for tensors that nobody else reads: they are let go of as they are, without a merge or a copy."""
+        self._graphs.drop()
         self._compilation.close()
         self._let_go()
         self._slabs = HostSlabs()
         self.state = ModuleState.CLOSED
 
     def _let_go(self) -> None:
+        self._graphs.drop()
         self._weights, self._bound, self._samples = None, None, {}
         self._ranges = RangeCheck(self.arch)
         self._double_weights, self._single_weights = [], []
@@ -214,48 +228,17 @@ class MutableTRTModule:
         y [B, vec_dim], ids [tokens, 3]. Compiles at the first call and when shapes leave the profile.
         """
         extras = extras or Extras()
+        inputs = StepInputs(img, txt, timesteps, y, img_ids, txt_ids, guidance)
         blocks = self.blocks_for(img.shape[0], img.shape[1], txt.shape[1], masked=extras.mask is not None)
-        weights, dtype = self.weights.tensors, self.weights.dtype
-        vec = stem.conditioning(weights, self.arch, timesteps, guidance, y)
-        modulation = stem.Modulations(weights, self.arch, vec)
-        pe = Pe(*rope_cos_sin(torch.cat((txt_ids, img_ids)), self.arch.axes_dim, self.arch.theta), txt.shape[1])
-        img = stem.linear(weights, "img_in", img.to(dtype))
-        txt = stem.linear(weights, "txt_in", txt.to(dtype))
-        img, txt = self._double_blocks(blocks.double, img, txt, vec, modulation, pe, extras)
-        x = self._single_blocks(blocks.single, torch.cat((txt, img), dim=1), vec, modulation, pe, extras)
-        return stem.final_layer(weights, x[:, txt.shape[1] :], vec, self._scale_first)
-
-    def _double_blocks(
-        self, blocks: Sequence[DoubleBlock], img: Tensor, txt: Tensor, vec: Tensor, modulation: stem.Modulations,
-        pe: Pe, extras: Extras,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        for index, weights in enumerate(self._double_weights):
-            override = extras.double_overrides.get(index)
-            if override is not None:
-                img, txt = override(img, txt, vec, pe)
-            else:
-                name = f"double_blocks.{index}"
-                img_mod, txt_mod = modulation(f"{name}.img_mod"), modulation(f"{name}.txt_mod")
-                img, txt = blocks[index](img, txt, img_mod, txt_mod, pe, weights, extras.mask)
-            residual = _at(extras.double_residuals, index)
-            if residual is not None:
-                img = img + residual.to(img.dtype)
-        return img, txt
-
-    def _single_blocks(
-        self, blocks: Sequence[SingleBlock], x: Tensor, vec: Tensor, modulation: stem.Modulations, pe: Pe,
-        extras: Extras,
-    ) -> Tensor:  # fmt: skip
-        for index, weights in enumerate(self._single_weights):
-            override = extras.single_overrides.get(index)
-            if override is not None:
-                x = override(x, vec, pe, pe.txt_tokens)
-            else:
-                x = blocks[index](x, modulation(f"single_blocks.{index}.modulation"), pe, weights, extras.mask)
-            residual = _at(extras.single_residuals, index)
-            if residual is not None:
-                x[:, pe.txt_tokens :].add_(residual.to(x.dtype))
-        return x
+        weights, choices = self.weights, self._compilation.choices
+        step = Step(
+            self.arch, blocks, weights.tensors, self._double_weights, self._single_weights, weights.dtype,
+            self._scale_first, extras,
+        )  # fmt: skip
+        why_not = why_not_graph(
+            inputs, extras, weights.device, choices, wanted=self.config.cuda_graph, watched=self._ranges.watching
+        )
+        return self._graphs.run(step, inputs, (self._bound, self.builds), choices, why_not)
 
     def runner(self, batch: int, img_tokens: int, txt_tokens: int, masked: bool = False) -> BlockRunner:
         """The blocks one by one for these shapes, compiled now where they are not. Raises as the call does."""
@@ -270,6 +253,7 @@ class MutableTRTModule:
         """
         if config != self.config:
             self.config = config
+            self._graphs.drop()
             self._compilation.reconfigure(config)
             self.state = ModuleState.LOADED if self._weights is not None else ModuleState.EMPTY
 
@@ -298,12 +282,9 @@ class MutableTRTModule:
             compilation.measurements(),
             compilation.builds,
             self._ranges.out_of_range(),
+            self._graphs.words,
         )
 
     def _refuse_closed(self) -> None:
         if self.state is ModuleState.CLOSED:
             raise TRTError("This compiled model was closed.", fix="Compile the transformer again.")
-
-
-def _at(residuals: Sequence[Tensor | None], index: int) -> Tensor | None:
-    return residuals[index] if index < len(residuals) else None

@@ -70,9 +70,14 @@ class RangeCheck:
         self._amax.clear()
         self._out_of_range = {}
 
+    @property
+    def watching(self) -> bool:
+        """Whether blocks are left to look at in the next step."""
+        return bool(self._left)
+
     def watched(self, blocks: Blocks) -> Blocks:
         """The same blocks; those not looked at since the last change are looked at as they run."""
-        if not self._left:
+        if not self.watching:
             return blocks
         double: list[Any] = [self._watched(f"{_DOUBLE}.{i}", block) for i, block in enumerate(blocks.double)]
         single: list[Any] = [self._watched(f"{_SINGLE}.{i}", block) for i, block in enumerate(blocks.single)]

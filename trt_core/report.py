@@ -13,7 +13,8 @@ class Report:
     """What runs where, for tables, logs and nodes. `segments`: name -> backend and why; times in seconds and ms.
 
     `out_of_range`: FP8 layer -> how many times its static scale's range its input reached in the first step after
-    weights changed, the furthest first; empty where all inputs fit, and where scales are dynamic.
+    weights changed, the furthest first; empty where all inputs fit, and where scales are dynamic. `step`: "cuda graph"
+    where the last step was one launch, else why it was not.
     """
 
     segments: dict[str, str]
@@ -24,3 +25,4 @@ class Report:
     measurements: tuple[Measurement, ...]
     builds: int
     out_of_range: dict[str, float] = field(default_factory=dict)
+    step: str = ""

@@ -1,0 +1,99 @@
+"""One step of the transformer: what surrounds the blocks, the blocks in their order, and what a call adds to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .compilation import Blocks
+from .execution import BlockWeights, Pe
+from .extras import Extras
+from .flux import stem
+from .flux.architecture import FluxArchitecture
+from .flux.rope import rope_cos_sin
+
+
+class StepInputs(NamedTuple):
+    """What differs from step to step; shapes and units as `MutableTRTModule.__call__` takes them."""
+
+    img: Tensor
+    txt: Tensor
+    timesteps: Tensor
+    y: Tensor
+    img_ids: Tensor
+    txt_ids: Tensor
+    guidance: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in self if tensor is not None]
+
+    def cloned(self) -> StepInputs:
+        return StepInputs(*(None if tensor is None else tensor.clone() for tensor in self))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """A function of `StepInputs` and of the bound weights. Apart from what `extras` bring, it never waits for the GPU:
+    Python decides nothing on the values of a tensor, so what it launches can be captured and launched again."""
+
+    arch: FluxArchitecture
+    blocks: Blocks
+    tensors: Mapping[str, Tensor]
+    double_weights: Sequence[BlockWeights]
+    single_weights: Sequence[BlockWeights]
+    dtype: torch.dtype
+    scale_first: bool
+    extras: Extras
+
+    def __call__(self, inputs: StepInputs) -> Tensor:
+        """[B, n_img, out_channels]"""
+        weights, txt_tokens = self.tensors, inputs.txt.shape[1]
+        vec = stem.conditioning(weights, self.arch, inputs.timesteps, inputs.guidance, inputs.y)
+        modulation = stem.Modulations(weights, self.arch, vec)
+        ids = torch.cat((inputs.txt_ids, inputs.img_ids))
+        pe = Pe(*rope_cos_sin(ids, self.arch.axes_dim, self.arch.theta), txt_tokens)
+        img = stem.linear(weights, "img_in", inputs.img.to(self.dtype))
+        txt = stem.linear(weights, "txt_in", inputs.txt.to(self.dtype))
+        img, txt = self._double_blocks(img, txt, vec, modulation, pe)
+        x = self._single_blocks(torch.cat((txt, img), dim=1), vec, modulation, pe)
+        return stem.final_layer(weights, x[:, txt_tokens:], vec, self.scale_first)
+
+    def _double_blocks(
+        self, img: Tensor, txt: Tensor, vec: Tensor, modulation: stem.Modulations, pe: Pe
+    ) -> tuple[Tensor, Tensor]:
+        extras = self.extras
+        for index, weights in enumerate(self.double_weights):
+            override = extras.double_overrides.get(index)
+            if override is not None:
+                img, txt = override(img, txt, vec, pe)
+            else:
+                name = f"double_blocks.{index}"
+                img_mod, txt_mod = modulation(f"{name}.img_mod"), modulation(f"{name}.txt_mod")
+                img, txt = self.blocks.double[index](img, txt, img_mod, txt_mod, pe, weights, extras.mask)
+            residual = _at(extras.double_residuals, index)
+            if residual is not None:
+                img = img + residual.to(img.dtype)
+        return img, txt
+
+    def _single_blocks(self, x: Tensor, vec: Tensor, modulation: stem.Modulations, pe: Pe) -> Tensor:
+        extras = self.extras
+        for index, weights in enumerate(self.single_weights):
+            override = extras.single_overrides.get(index)
+            if override is not None:
+                x = override(x, vec, pe, pe.txt_tokens)
+            else:
+                mod = modulation(f"single_blocks.{index}.modulation")
+                x = self.blocks.single[index](x, mod, pe, weights, extras.mask)
+            residual = _at(extras.single_residuals, index)
+            if residual is not None:
+                x[:, pe.txt_tokens :].add_(residual.to(x.dtype))
+        return x
+
+
+def _at(residuals: Sequence[Tensor | None], index: int) -> Tensor | None:
+    return residuals[index] if index < len(residuals) else None
