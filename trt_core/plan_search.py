@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass, field
 
@@ -175,7 +176,10 @@ class PlanSearch:
         self.trials.measurements += ranked
         self.trials.compile(jobs)
         if building:
-            tensorrt_runtime()  # takes a second that the builders leave; they have mapped the same library
+            with contextlib.suppress(
+                MissingDependency
+            ):  # an installation that does not load fails in the builders, too
+                tensorrt_runtime()  # takes a second that the builders leave; they have mapped the same library
 
     def _processes(self) -> int:
         return 1 if self.config.backend is Backend.AUTO else _BUILDER_PROCESSES

@@ -18,7 +18,7 @@ from trt_core import plan_search, trials
 from trt_core.backends.compiler import SegmentCompiler
 from trt_core.config import Attention, Backend, CompileConfig, Layout
 from trt_core.engine_cache import EngineCache
-from trt_core.errors import BuildCancelled, BuildFailed
+from trt_core.errors import BuildCancelled, BuildFailed, MissingDependency
 from trt_core.flux.catalogue import SPLIT_SEGMENTS, BlockKind, SegmentName
 from trt_core.host import Silent
 from trt_core.plan import WHOLE_SEGMENT, AttentionChoice, Measurement
@@ -195,6 +195,20 @@ def test_tensorrts_runtime_is_loaded_while_builders_run_and_not_without_them(
     search = searched(H100, backends=(IND, EAGER))
     search.run()
     assert "runtime" not in search.compiler.events
+
+
+def test_a_tensorrt_that_does_not_load_is_left_out(
+    searched: Callable[..., PlanSearch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise MissingDependency("tensorrt is installed but does not load")
+
+    monkeypatch.setattr(plan_search, "tensorrt_runtime", fail)
+    search = searched(H100, broken=tuple((name, TRT) for name in [*HALVES, *WHOLES]))
+    plan, _ = search.run()
+    assert plan.double.backends == plan.single.backends == (IND,)
+    assert left_out(search, TRT).keys() == {name.value for name in [*HALVES, *WHOLES]}
+    assert compiled_by(search, IND) == WHOLES
 
 
 def test_masks_compile_inductors_halves_at_once_and_no_whole_block(searched: Callable[..., PlanSearch]) -> None:
