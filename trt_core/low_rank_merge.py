@@ -67,8 +67,11 @@ def _kernels(device: torch.device) -> ModuleType | None:
     """`triton_merge` where it works on this GPU, which is tried once; None elsewhere, and the log says why."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from . import triton_merge
-
+    try:
+        from . import triton_merge
+    except ImportError as error:
+        _LOG.warning("LoRAs are merged by PyTorch, which takes longer than Triton: it cannot be imported (%s).", error)
+        return None
     reason = triton_merge.why_not(device)
     if reason is not None:
         _LOG.warning("LoRAs are merged by PyTorch, which takes longer than Triton: %s", reason)

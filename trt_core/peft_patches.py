@@ -94,10 +94,11 @@ def _weight_changes(layer: nn.Module, active: Sequence[str]) -> tuple[Hashable, 
 
 
 def _lora_change(layer: nn.Module, adapter: str) -> Change | None:
-    if adapter not in layer.lora_A:
+    downs = layer.lora_A
+    if adapter not in downs:
         return None
     low_rank = LowRank(
-        layer.lora_A[adapter].weight.detach(),
+        downs[adapter].weight.detach(),
         layer.lora_B[adapter].weight.detach(),
         float(layer.scaling[adapter]),
     )
@@ -149,7 +150,9 @@ def _marks(layer: nn.Module, adapter: str) -> tuple[Hashable, ...]:
     no other tensor can come to lie at the same address while they are compared."""
     tensors: list[Tensor] = []
     for name in layer.adapter_layer_names:
-        holder = getattr(layer, name, {})
+        holder = layer._modules.get(name)
+        if holder is None:
+            holder = getattr(layer, name, {})
         if adapter in holder:
             tensors += _tensors(holder[adapter])
     scale = getattr(layer, "scaling", {}).get(adapter)
@@ -157,7 +160,7 @@ def _marks(layer: nn.Module, adapter: str) -> tuple[Hashable, ...]:
 
 
 def _tensors(found: Tensor | nn.Module) -> Iterable[Tensor]:
-    """An adapter's tensors in one place. `parameters()`, which walks modules, took half of `read_patches`' time."""
+    """An adapter's tensors in one place; `parameters()`, which walks modules, took a third of `read_patches`' time."""
     if isinstance(found, Tensor):
         return (found,)
     if found._modules:

@@ -137,7 +137,8 @@ def _merge_fp8_kernel(
 def why_not(device: torch.device) -> str | None:
     """Why the kernels cannot run on this GPU: tried on small whole numbers, whose sums are exact. None where they can.
 
-    Triton needs the machine's C compiler, which many installations lack. Raises `torch.OutOfMemoryError`.
+    Triton needs the machine's C compiler, which many installations lack, and an old one takes no tuples of arguments
+    (TypeError). Raises `torch.OutOfMemoryError`.
     """
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return "products of bf16 and tf32 need an NVIDIA GPU of compute capability 8.0."
@@ -149,7 +150,7 @@ def why_not(device: torch.device) -> str | None:
         seen = out.cpu()
     except torch.OutOfMemoryError:
         raise
-    except (TritonError, subprocess.CalledProcessError, OSError, RuntimeError) as error:
+    except (TritonError, subprocess.CalledProcessError, OSError, RuntimeError, TypeError) as error:
         return f"it does not compile here ({error})."
     expected = base.float() + 2 * (term.up.float() @ base.float())
     return None if torch.equal(seen.float(), expected.bfloat16().float()) else "its sums are wrong on this GPU."
