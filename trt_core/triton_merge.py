@@ -88,7 +88,7 @@ def _quotient(x, divisor, inverse):
 
 
 @triton.jit
-def _merge_kernel(
+def _merge_low_rank_kernel(
     base_ptr, out_ptr, ups, downs, ranks, factors, rows, width, base_stride, out_stride,
     COUNT: tl.constexpr, DEPTH: tl.constexpr, DEEP: tl.constexpr,
     ROWS_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
@@ -104,7 +104,7 @@ def _merge_kernel(
 
 
 @triton.jit
-def _merge_fp8_kernel(
+def _merge_low_rank_fp8_kernel(
     base_ptr, weight_ptr, scale_ptr, ups, downs, ranks, factors, rows, width,
     base_stride, weight_stride, scale_stride,
     COUNT: tl.constexpr, DEPTH: tl.constexpr, DEEP: tl.constexpr,
@@ -165,7 +165,7 @@ def merge_low_rank(base: Tensor, terms: Sequence[Term], out: Tensor) -> None:
     rows, width = base.shape
     grid = (-(-width // _WIDTH_BLOCK), -(-rows // _ROWS_BLOCK))
     with torch.cuda.device_of(base):
-        _merge_kernel[grid](
+        _merge_low_rank_kernel[grid](
             base, out, *_arguments(terms), rows, width, base.stride(0), out.stride(0), **_constants(terms),
             ROWS_BLOCK=_ROWS_BLOCK, WIDTH_BLOCK=_WIDTH_BLOCK, num_warps=8, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
@@ -180,7 +180,7 @@ def merge_low_rank_fp8(base: Tensor, terms: Sequence[Term], weight: Tensor, scal
     constants = _constants(terms)
     block, stages = _fp8_block(terms, constants["DEPTH"])
     with torch.cuda.device_of(base):
-        _merge_fp8_kernel[(-(-rows // _FP8_ROWS_BLOCK),)](
+        _merge_low_rank_fp8_kernel[(-(-rows // _FP8_ROWS_BLOCK),)](
             base, weight, scale, *_arguments(terms), rows, width,
             base.stride(0), weight.stride(0), scale.stride(0), **constants,
             ROWS_BLOCK=_FP8_ROWS_BLOCK, WIDTH_BLOCK=block, STAGES=stages,
