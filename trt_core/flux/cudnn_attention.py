@@ -27,16 +27,20 @@ def installed() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """A graph for one shape with what it needs at each call. `constants`: its scales and what it writes beside."""
+    """A graph for one shape with what it needs at each call: numbers of its tensors, and addresses of those that stay.
+
+    Numbers and addresses, because the front end looks at every tensor anew otherwise, 57 times per step.
+    """
 
     graph: Any
     handle: Any
-    query: Any
-    key: Any
-    value: Any
-    out: Any
-    constants: dict[Any, Tensor]
+    operands: tuple[int, int, int, int]
+    """Of q, k, v and the result."""
+    addresses: dict[int, int]
+    """Of its scales, and of what it writes beside the result."""
     workspace: Tensor
+    kept: tuple[Tensor, ...]
+    """What lies at `addresses`."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -48,8 +52,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with torch.cuda.device(q.device):
         made = _graph(q.device.index, *q.shape)
         cudnn.set_stream(made.handle, torch.cuda.current_stream().cuda_stream)
-        operands = {made.query: q, made.key: k, made.value: v, made.out: out}
-        made.graph.execute({**made.constants, **operands}, made.workspace, handle=made.handle)
+        places = zip(made.operands, (x.data_ptr() for x in (q, k, v, out)), strict=True)
+        made.graph.execute({**made.addresses, **dict(places)}, made.workspace.data_ptr(), handle=made.handle)
     return out
 
 
@@ -79,10 +83,12 @@ def _graph(device_index: int, batch: int, tokens: int, heads: int, dim: int) -> 
     for extra in (amax_s, amax_o):
         extra.set_output(True).set_dim(one["dim"]).set_stride(one["stride"]).set_data_type(kinds.FLOAT)
     _build(graph, cudnn.heur_mode.A)
-    constants = {scales[name]: _scalar(value, device_index) for name, value in _SCALES.items()}
-    constants |= {extra: _scalar(0.0, device_index) for extra in (amax_s, amax_o)}
+    kept = {scales[name].get_uid(): _scalar(value, device_index) for name, value in _SCALES.items()}
+    kept |= {extra.get_uid(): _scalar(0.0, device_index) for extra in (amax_s, amax_o)}
     workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=device_index)
-    return _Graph(graph, handle, query, key, value, out, constants, workspace)
+    operands = tuple(tensor.get_uid() for tensor in (query, key, value, out))
+    addresses = {uid: tensor.data_ptr() for uid, tensor in kept.items()}
+    return _Graph(graph, handle, operands, addresses, workspace, tuple(kept.values()))
 
 
 _SCALES = {

@@ -19,8 +19,6 @@ from . import cudnn_attention, fused
 from .fp8 import FP8, FP8_MAX, quantize_tensor, tensor_scale
 from .rope import rotate
 
-# A name of its own where the package is imported twice, as a ComfyUI pack and as a library.
-_NAMESPACE = __name__.replace(".", "_")
 _PRODUCT_ERROR = 0.0375
 """Relative rms error of a product of two numbers rounded to E4M3 (0.0265 each)."""
 
@@ -93,19 +91,7 @@ def _split(stream: QkvStream, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, dtype: torch.dtype) -> Fp8Activation:
-    return Fp8Activation(_attention(q, k, v).flatten(2), scale, dtype)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """E4M3 [B, L, H, D] of E4M3 operands of that shape, in units of v's scale. An operator, because Dynamo cannot trace
-    cuDNN's front end."""
-    return cudnn_attention.attend(q, k, v) if q.is_cuda else reference(q, k, v)
-
-
-@_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.empty_like(v)
+    return Fp8Activation(_OPERATOR(q, k, v).flatten(2), scale, dtype)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -116,3 +102,22 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     rounded = (weights * FP8_MAX).to(FP8).float() / FP8_MAX
     out = (rounded @ v) / weights.sum(-1, keepdim=True)
     return out.clamp(-FP8_MAX, FP8_MAX).to(FP8).transpose(1, 2).contiguous()
+
+
+def _defined() -> torch._ops.OpOverload:
+    """attention(q, k, v): E4M3 [B, L, H, D] of E4M3 operands of that shape, in units of v's scale.
+
+    An operator, because Dynamo cannot trace cuDNN's front end. Defined by hand: what `torch.library.custom_op` puts
+    around each call took Python longer than all else of a block.
+    """
+    _LIBRARY.define("attention(Tensor q, Tensor k, Tensor v) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl("attention", cudnn_attention.attend, "CUDA")
+    _LIBRARY.impl("attention", reference, "CPU")
+    _LIBRARY.impl("attention", lambda q, k, v: torch.empty_like(v), "Meta")
+    return getattr(torch.ops, _NAMESPACE).attention.default
+
+
+# A name of its own where the package is imported twice, as a ComfyUI pack and as a library.
+_NAMESPACE = __name__.replace(".", "_")
+_LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
+_OPERATOR = _defined()
