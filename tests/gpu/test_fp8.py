@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import trt_core
+from benchmarks.fake_quant import FakeAttention
 from tests.unit.diffusers_pair import lora
 from tests.unit.fp8_lora_gain import lora_gain, rounded_bases
 from tests.unit.fp8_simulation import (
@@ -21,9 +22,11 @@ from tests.unit.fp8_simulation import (
     fused_modules,
     largest_inputs,
     round_fp8,
+    simulation,
     three_ways,
 )
-from tests.unit.tiny_flux import exact_inputs, tiny_transformer
+from tests.unit.tiny_flux import exact_inputs, run_diffusers, tiny_transformer
+from trt_core.attention_ranking import why_not_fp8_attention
 from trt_core.backends.check import relative_l2
 from trt_core.fp8_recipe import attach_recipe, detach_recipe
 from trt_core.gpu import current_gpu, why_not_fp8
@@ -33,6 +36,10 @@ from .conftest import inputs_of, output_of, real_shaped_model
 RATIO_BOUND = 1.2
 COSINE_BOUND = 0.995
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "inductor"])
+needs_fp8_attention = pytest.mark.skipif(
+    not torch.cuda.is_available() or why_not_fp8_attention(torch.device("cuda", 0), 128) is not None,
+    reason="needs nvidia-cudnn-frontend and compute capability 9.0",
+)
 PLACES = pytest.mark.parametrize("place", ["gpu", "host"])
 TARGETS = ("to_q", "to_k", "add_v_proj", "ff.net.2", "proj_mlp", "norm.linear", "norm1.linear")
 
@@ -91,7 +98,7 @@ def test_error_is_the_simulations(kind: str, adversarial: bool, backend: str, ca
     plain = real_shaped(adversarial)
     per_row = kind.startswith("row")
     scheme = static(plain, per_row=per_row) if kind.endswith("static") else Scheme(per_row)
-    ours = compiled_fp8(copy.deepcopy(plain), scheme, cache_folder, backend=backend)
+    ours = compiled_fp8(copy.deepcopy(plain), scheme, cache_folder, backend=backend, attention="cudnn")
     for sizes in ({}, {"height": 24, "width": 30}, {"batch": 2}):
         found = three_ways(ours, plain, scheme, inputs_of(plain, **sizes))
         simulated = relative_l2(found.simulated, found.exact)
@@ -109,7 +116,7 @@ def test_excluded_layers_stay_in_bf16(backend: str, cache_folder: str) -> None:
         patterns=("single_blocks.0.linear2", "*.txt_mlp.?"),
         excluded=frozenset({"single_blocks.0.linear2", "double_blocks.0.txt_mlp.0", "double_blocks.0.txt_mlp.2"}),
     )
-    ours = compiled_fp8(copy.deepcopy(plain), scheme, cache_folder, backend=backend)
+    ours = compiled_fp8(copy.deepcopy(plain), scheme, cache_folder, backend=backend, attention="cudnn")
     found = three_ways(ours, plain, scheme, inputs_of(plain))
     assert relative_l2(found.ours, found.exact) <= RATIO_BOUND * relative_l2(found.simulated, found.exact)
     tensors = ours._trt_state.module.weights.tensors
@@ -123,6 +130,34 @@ def test_other_dtypes(backend: str, dtype: torch.dtype, cache_folder: str) -> No
     ours = compiled_fp8(copy.deepcopy(plain), Scheme(), cache_folder, backend=backend)
     found = three_ways(ours, plain, Scheme(), inputs_of(plain))
     assert relative_l2(found.ours, found.exact) <= RATIO_BOUND * relative_l2(found.simulated, found.exact)
+
+
+@needs_fp8_attention
+@pytest.mark.parametrize("kind", ["row", "row static"])
+def test_attention_in_fp8_has_the_simulations_error(kind: str, cache_folder: str) -> None:
+    """The simulation rounds q, k, v, probabilities and attention's result as well."""
+    plain = real_shaped()
+    scheme = static(plain) if kind.endswith("static") else Scheme()
+    ours = compiled_fp8(copy.deepcopy(plain), scheme, cache_folder, backend="inductor", attention="fp8")
+    for sizes in ({}, {"height": 24, "width": 30}, {"batch": 2}):
+        arguments = inputs_of(plain, **sizes)
+        exact = exact_inputs(arguments)
+        truth = run_diffusers(copy.deepcopy(plain).float(), exact)
+        with FakeAttention():
+            simulated = relative_l2(run_diffusers(simulation(plain, scheme), exact), truth)
+        seen = run_diffusers(ours, arguments).float()
+        assert relative_l2(seen, truth) <= RATIO_BOUND * simulated
+        assert float(torch.nn.functional.cosine_similarity(seen.flatten(), truth.flatten(), dim=0)) >= COSINE_BOUND
+    assert "fp8 attention" in str(ours.trt_report().segments)
+    assert ours.trt_report().builds == 1
+
+
+@needs_fp8_attention
+def test_sharp_norms_keep_attention_in_bf16(cache_folder: str) -> None:
+    """q/k gains of 3: auto does not take FP8 attention, however fast it is."""
+    ours = compiled_fp8(real_shaped(adversarial=True), Scheme(), cache_folder, backend="inductor")
+    output_of(ours, inputs_of(real_shaped(), height=64, width=64))
+    assert "fp8 attention" not in str(ours.trt_report().segments)
 
 
 # -- LoRAs -------------------------------------------------------------------------------------------------------------
