@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from tests.unit.tiny_flux import bfl_weights, call_inputs, loaded, run, tiny_tra
 from trt_core.config import Attention, Backend, CompileConfig, Layout
 from trt_core.errors import OutOfMemory
 from trt_core.extras import Extras
+from trt_core.flux import cudnn_attention
 from trt_core.flux.catalogue import BlockKind
 from trt_core.plan import BlockChoice
 from trt_core.step import StepInputs
@@ -279,6 +282,24 @@ def test_graphs_go_when_a_step_needs_their_memory(graphs: Graphs) -> None:
     left.append(torch.OutOfMemoryError("nothing to give"))
     with pytest.raises(torch.OutOfMemoryError, match="nothing to give"):
         graphs(inputs(batch=2))
+
+
+def test_a_graph_keeps_what_cudnns_attention_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cudnn_attention` forgets sizes not called for long, and a replay is no call of it."""
+    asked: list[dict[str, Any]] = []
+    signature, kept = inspect.signature(cudnn_attention._graph), []
+    monkeypatch.setattr(
+        cudnn_attention, "_graph", lambda *given: asked.append(signature.bind(*given).arguments) or "it"
+    )
+    graphs = Graphs()
+    monkeypatch.setattr(graphs.memory, "capture", lambda memory, step, given, used: kept.append(used) or step)
+    step: Any = SimpleNamespace(arch=SimpleNamespace(heads=3, head_dim=16))
+    for attention in (Attention.CUDNN, Attention.FP8):
+        found = inputs(img_tokens=4, txt_tokens=3, batch=2)
+        graphs.graphs._capture(attention, step, found, [choice(), choice(Backend.INDUCTOR, attention)])
+    assert kept == [None, "it"]
+    assert [list(call.values())[1:] for call in asked] == [[2, 7, 3, 16]]
+    assert list(asked[0]) == ["device_index", "batch", "tokens", "heads", "dim"]
 
 
 # -- the module --------------------------------------------------------------------------------------------------------
