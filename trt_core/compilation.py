@@ -10,6 +10,7 @@ from itertools import zip_longest
 
 import torch
 
+from . import low_rank_merge
 from .backends.compiler import SegmentCompiler
 from .background import Stopwatch
 from .compiled_blocks import CompiledBlocks
@@ -187,6 +188,7 @@ class Compilation:
             before.close()
         self._compiled[key] = compiled
         self._blocks.clear()
+        low_rank_merge.prepare(bound.device, bound.dtype, any(precision.fp8 for precision in precisions))
         self.build_seconds = watch.seconds()
         self.builds += 1
         progress.update("Ready", 1, 1)

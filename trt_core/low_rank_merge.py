@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 from collections.abc import Sequence
 from functools import cache
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from .flux import fp8
 from .lora.changes import Patch
-from .low_rank import DTYPES, Section, low_rank_sections
+from .low_rank import DTYPES, Section, Term, low_rank_sections
 
 _LOG = logging.getLogger("trt_core.refit")
 
+_SMALL = (64, 256)
+"""Multiples of 16, as FLUX's own sizes are: Triton compiles other sizes apart."""
 MAX_TERMS = 8
 """LoRAs on the same rows. Kernels are compiled for each number of them, a second each, and kept on the disk."""
 
@@ -51,6 +54,23 @@ def merge_fp8(out: tuple[Tensor, Tensor], base: Tensor, patches: Sequence[tuple[
         else:
             fp8.merge_quantize(rows, None, 1.0, (weight, scale))
     return True
+
+
+def prepare(device: torch.device, dtype: torch.dtype, with_fp8: bool) -> None:
+    """Compiles what the usual LoRA needs, so that the first one does not wait 1.4 s for it (measured on an H100).
+
+    One LoRA on a layer, factors of 16 bits, ranks up to 16 and up to 32, on weights of `dtype`; `with_fp8`: on FP8
+    weights as well. Other kinds are compiled when they come, once per machine.
+    """
+    if device.type != "cuda" or dtype not in DTYPES or (kernels := _kernels(device)) is None:
+        return
+    base = torch.zeros(_SMALL, dtype=dtype, device=device)
+    weight, scale = torch.empty_like(base, dtype=fp8.FP8), torch.empty((_SMALL[0], 1), device=device)
+    for factors, rank in itertools.product((torch.bfloat16, torch.float16), (16, 32)):
+        up, down = (base.new_zeros(shape, dtype=factors) for shape in ((_SMALL[0], rank), (rank, _SMALL[1])))
+        kernels.merge_low_rank(base, [Term(up, down, 1.0)], base)
+        if with_fp8:
+            kernels.merge_low_rank_fp8(base, [Term(up, down, 1.0)], weight, scale)
 
 
 def _sections(base: Tensor, patches: Sequence[tuple[Patch, float]]) -> list[Section] | None:

@@ -176,7 +176,7 @@ def _attention_memory(step: Step, inputs: StepInputs, choices: Sequence[BlockCho
     if all(choice.attention is not Attention.FP8 for choice in choices):
         return None
     batch, tokens = inputs.img.shape[0], inputs.txt.shape[1] + inputs.img.shape[1]
-    return cudnn_attention._graph(inputs.img.device.index, batch, tokens, step.arch.heads, step.arch.head_dim)
+    return cudnn_attention.graph_of(inputs.img.device.index, batch, tokens, step.arch.heads, step.arch.head_dim)
 
 
 def _first_line(error: BaseException) -> str:

@@ -162,3 +162,23 @@ def test_fp8_stacks_are_one_sum(kernels: ModuleType) -> None:
     total = exact(base, terms)[0].float()
     assert torch.allclose(scale, fp8.row_scale(total), rtol=1e-5)
     assert (bits(weight) != bits(fp8.quantize_tensor(total, scale))).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("rank", [16, 32])
+@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float16], ids=str)
+def test_the_usual_lora_compiles_nothing_once_prepared(factors: torch.dtype, rank: int) -> None:
+    from trt_core import low_rank_merge, triton_merge
+    from trt_core.low_rank import Term
+
+    def compiled() -> int:
+        kernels = (triton_merge._merge_low_rank_kernel, triton_merge._merge_low_rank_fp8_kernel)
+        return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
+
+    low_rank_merge.prepare(torch.device("cuda", 0), torch.bfloat16, True)
+    before = compiled()
+    base = torch.randn(9216, 3072, device="cuda", dtype=torch.bfloat16)
+    term = Term(*(torch.randn(s, device="cuda").to(factors) for s in ((3072, rank), (rank, 3072))), 0.5)
+    triton_merge.merge_low_rank(base[3072:6144], [term], base[3072:6144])
+    weight, scale = torch.empty_like(base, dtype=torch.float8_e4m3fn), torch.empty(9216, 1, device="cuda")
+    triton_merge.merge_low_rank_fp8(base[3072:6144], [term], weight[3072:6144], scale[3072:6144])
+    assert compiled() == before > 0

@@ -287,9 +287,9 @@ def test_graphs_go_when_a_step_needs_their_memory(graphs: Graphs) -> None:
 def test_a_graph_keeps_what_cudnns_attention_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """`cudnn_attention` forgets sizes not called for long, and a replay is no call of it."""
     asked: list[dict[str, Any]] = []
-    signature, kept = inspect.signature(cudnn_attention._graph), []
+    signature, kept = inspect.signature(cudnn_attention.graph_of), []
     monkeypatch.setattr(
-        cudnn_attention, "_graph", lambda *given: asked.append(signature.bind(*given).arguments) or "it"
+        cudnn_attention, "graph_of", lambda *given: asked.append(signature.bind(*given).arguments) or "it"
     )
     graphs = Graphs()
     monkeypatch.setattr(graphs.memory, "capture", lambda memory, step, given, used: kept.append(used) or step)

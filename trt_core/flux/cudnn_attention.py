@@ -26,7 +26,7 @@ def installed() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Graph:
+class Graph:
     """A graph for one shape with what it needs at each call: numbers of its tensors, and addresses of those that stay.
 
     Numbers and addresses, because the front end looks at every tensor anew otherwise, 57 times per step.
@@ -50,7 +50,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(v)
     with torch.cuda.device(q.device):
-        made = _graph(q.device.index, *q.shape)
+        made = graph_of(q.device.index, *q.shape)
         cudnn.set_stream(made.handle, torch.cuda.current_stream().cuda_stream)
         places = zip(made.operands, (x.data_ptr() for x in (q, k, v, out)), strict=True)
         made.graph.execute({**made.addresses, **dict(places)}, made.workspace.data_ptr(), handle=made.handle)
@@ -65,7 +65,9 @@ def _handle(device_index: int) -> Any:
 
 
 @lru_cache(maxsize=_KEPT_SHAPES)
-def _graph(device_index: int, batch: int, tokens: int, heads: int, dim: int) -> _Graph:
+def graph_of(device_index: int, batch: int, tokens: int, heads: int, dim: int) -> Graph:
+    """cuDNN's graph for these sizes, made once. Who records launches of it (a CUDA graph) keeps it: its workspace and
+    scales are read at their addresses."""
     import cudnn
 
     kinds, handle = cudnn.data_type, _handle(device_index)
@@ -88,7 +90,7 @@ def _graph(device_index: int, batch: int, tokens: int, heads: int, dim: int) -> 
     workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=device_index)
     operands = tuple(tensor.get_uid() for tensor in (query, key, value, out))
     addresses = {uid: tensor.data_ptr() for uid, tensor in kept.items()}
-    return _Graph(graph, handle, operands, addresses, workspace, tuple(kept.values()))
+    return Graph(graph, handle, operands, addresses, workspace, tuple(kept.values()))
 
 
 _SCALES = {

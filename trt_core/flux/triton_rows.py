@@ -201,16 +201,27 @@ def _join_gelu(
 ) -> tuple[Tensor, Tensor]:
     attn, mlp, width = _rows(attn), _rows(mlp), mlp.shape[-1]
     out, scales = _outputs(mlp, hidden + width, mode, input_scale)
-    # Two blocks: 12288 columns are 8192 + 4096, where the next power of two would compute GELU for 4096 absent ones.
-    first = 1 << (width.bit_length() - 1)
+    first, warps = _gelu_blocks(width, hidden + width, mode)
     _join_gelu_kernel[(mlp.shape[0] * mlp.shape[1],)](
         attn, scales if attn_scale is None else attn_scale, mlp, out, scales, mlp.shape[1],
         attn.stride(0), attn.stride(1), mlp.stride(0), mlp.stride(1),
         HIDDEN=hidden, HIDDEN_BLOCK=triton.next_power_of_2(max(1, hidden)), MLP=width, FIRST=first,
         REST=triton.next_power_of_2(width - first) if width > first else 0, QUANTIZE=mode,
-        SCALED=attn_scale is not None, num_warps=_warps(hidden + width),
+        SCALED=attn_scale is not None, num_warps=warps,
     )  # fmt: skip
     return out, scales
+
+
+def _gelu_blocks(width: int, row: int, mode: int) -> tuple[int, int]:
+    """Columns of the first block, the rest being the second, and warps.
+
+    To FP8, measured on an H100 for 3072 + 12288 columns: one block of 16384 with 8 warps 0.072 ms, 8192 + 4096 with 16
+    warps 0.094, 0.066 at the memory's speed. To bf16, GELU's exponential counts, and two blocks leave out that of 4096
+    absent columns.
+    """
+    if mode == ROUNDED:
+        return 1 << (width.bit_length() - 1), _warps(row)
+    return triton.next_power_of_2(width), min(8, _warps(row))
 
 
 def _rows(x: Tensor) -> Tensor:
