@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.unit.tiny_flux import FP32_BOUND, bfl_weights, fp32_error, tiny_transformer
-from trt_core import mutable_module
+from trt_core import step
 from trt_core.flux import fused, linear, rope, segments, stem
 
 Weights = dict[str, Tensor]
@@ -83,9 +83,9 @@ def _key_as_value(wide: Tensor, q: Tensor) -> Tensor:
 
 
 CODE_MISTAKES = {
-    "RoPE axes exchanged": (mutable_module, "rope_cos_sin", _axes_swapped),
-    "RoPE of another theta": (mutable_module, "rope_cos_sin", lambda ids, axes, _: rope.rope_cos_sin(ids, axes, 1e3)),
-    "RoPE backwards over tokens": (mutable_module, "rope_cos_sin", _backwards),
+    "RoPE axes exchanged": (step, "rope_cos_sin", _axes_swapped),
+    "RoPE of another theta": (step, "rope_cos_sin", lambda ids, axes, _: rope.rope_cos_sin(ids, axes, 1e3)),
+    "RoPE backwards over tokens": (step, "rope_cos_sin", _backwards),
     "RoPE turning the other way": (fused, "rotate", lambda x, cos, sin: rope.rotate(x, cos, -sin)),
     "RoPE pairing halves": (fused, "rotate", _pairs_by_halves),
     "no RoPE": (fused, "rotate", lambda x, cos, sin: x),
