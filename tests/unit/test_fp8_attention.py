@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+import trt_core
 from tests.unit.tiny_flux import bfl_weights, shapes_of, tiny_transformer
 from trt_core.backends.check import relative_l2
 from trt_core.config import Attention
@@ -112,3 +117,18 @@ def test_the_noise_of_logits_is_what_rounding_does() -> None:
         rounded = (q.to(FP8).float() * k.to(FP8).float()).sum(-1) / 128**0.5
         measured = (rounded - exact_logits).square().mean().sqrt()
         assert float(logit_noise(*norms)) == pytest.approx(float(measured), rel=0.1)
+
+
+def test_the_package_may_have_any_name(tmp_path: Path) -> None:
+    """ComfyUI imports a pack under its folder's path, also beside the library itself."""
+    code = (
+        "import importlib.util, sys\n"
+        f"name, place = '/models/custom_nodes/trt-lora flux', {str(Path(trt_core.__file__))!r}\n"
+        "spec = importlib.util.spec_from_file_location(name, place, submodule_search_locations=[place[:-12]])\n"
+        "sys.modules[name] = importlib.util.module_from_spec(spec)\n"
+        "for package in (name, 'trt_core'):\n"
+        "    found = importlib.import_module(package + '.flux.fp8_attention')\n"
+        "    x = found.torch.ones(1, 2, 1, 4).to(found.FP8)\n"
+        "    assert found._OPERATOR(x, x, x).shape == x.shape\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(trt_core.__file__).parents[1])

@@ -10,6 +10,7 @@ What rounding does to a logit grows with the norms' weights, and sharp softmaxes
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -117,7 +118,7 @@ def _defined() -> torch._ops.OpOverload:
     return getattr(torch.ops, _NAMESPACE).attention.default
 
 
-# A name of its own where the package is imported twice, as a ComfyUI pack and as a library.
-_NAMESPACE = __name__.replace(".", "_")
+# A name of its own where the package is imported twice, as a library and as a ComfyUI pack, whose name is a path.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
 _LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
 _OPERATOR = _defined()
