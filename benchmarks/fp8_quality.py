@@ -22,7 +22,7 @@ from . import model as models
 from .fake_quant import FakeAttention, fake_quantized
 from .fp8_calls import at, attention_is_fp8, call, cosine, exact, same_bits
 from .fp8_lines import TINY, TINY_PX, TINY_TEXT_TOKENS, Line, device_of, parser, write
-from .fp8_loras import LORA_CALLS, lora_gain_lines, lora_name, lora_switch_line
+from .fp8_loras import lora_gain_lines, lora_names, lora_switch_line
 from .process import relative
 from .progress import Progress
 from .wide import widened
@@ -168,7 +168,7 @@ def measure(
     yield from lora_gain_lines(ours, wide, arguments)
     with progress.phase("LoRA switches"):
         yield lora_switch_line(ours, arguments)
-    ours.delete_adapters([lora_name(size) for size in LORA_CALLS])
+    ours.delete_adapters(lora_names())
     with progress.phase("20 steps"):
         yield euler_line(ours, wide, arguments)
 

@@ -97,9 +97,9 @@ class Grown:
 
     def _step(self, point: Step) -> Line:
         self._without_loras()
-        before = self._allocated()
         run = self._run(point)
         line = {"first_call_seconds": seconds(run, self._device)}
+        before = self._allocated()  # after it: the first call of all binds the weights
         if before is not None:
             torch.cuda.reset_peak_memory_stats(self._device)
         line["step_ms"] = median_milliseconds(run, self._device, REPEATS, warmup=1)

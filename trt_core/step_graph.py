@@ -32,6 +32,9 @@ EAGER_CALLS = 2
 Triton's kernels, cuDNN's graphs, cuBLAS's handles. A size that is used once or twice costs nothing."""
 MOST_GRAPHS = 4
 USED = "cuda graph"
+_FAILED: list[str] = []
+"""Why a capture failed in this process, if one did. There is no second one: PyTorch 2.11's allocators refuse every
+later capture (seen on an H100, "already recording to mempool_id"), while everything else goes on as before."""
 
 
 class StepGraphs:
@@ -45,7 +48,6 @@ class StepGraphs:
         self._owner: tuple[object, ...] = ()
         self._graphs: OrderedDict[Hashable, CapturedStep] = OrderedDict()
         self._runs: Counter[Hashable] = Counter()
-        self._refused: dict[Hashable, str] = {}
         self._lock = threading.RLock()  # two threads must not write one graph's inputs
 
     def run(
@@ -60,7 +62,7 @@ class StepGraphs:
         with self._lock:
             self._belong_to(owner)
             graph = self._graph(step, inputs, choices) if why_not is None else None
-            self.words = USED if graph is not None else f"no cuda graph: {why_not or self._why_not_yet(inputs)}"
+            self.words = USED if graph is not None else f"no cuda graph: {why_not or _why_not_yet()}"
             if graph is not None:
                 return graph(inputs)
         return self._plain(step, inputs)
@@ -69,7 +71,6 @@ class StepGraphs:
         """Lets go of all graphs and gives their memory back to the GPU; whether there were any."""
         with self._lock:
             self._runs.clear()
-            self._refused.clear()
             memory, self._memory = self._memory, None
             if memory is None:
                 return False
@@ -89,7 +90,7 @@ class StepGraphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
         self._runs[key] += 1
-        if self._runs[key] <= EAGER_CALLS or key in self._refused:
+        if self._runs[key] <= EAGER_CALLS or _FAILED:
             return None
         return self._capture(key, step, inputs, choices)
 
@@ -102,10 +103,10 @@ class StepGraphs:
         try:
             graph = memory.capture(step, inputs, _attention_memory(step, inputs, choices))
         except RuntimeError as error:  # CUDA's refusals and lack of memory; the step itself says what else is wrong
-            self._refused[key] = f"the capture failed: {_first_line(error.__context__ or error)}"
-        if key in self._refused:
-            memory.close()  # only now: the error held what the capture had taken
-            _LOG.warning("the step runs without a CUDA graph: %s", self._refused[key])
+            _FAILED.append(f"a capture failed: {_first_line(error.__context__ or error)}")
+        if _FAILED:
+            self.drop()  # only now: the error held what the capture had taken
+            _LOG.warning("steps run without CUDA graphs from now on: %s", _FAILED[0])
             return None
         self._graphs[key] = graph
         size = f"{inputs.img.shape[1]} image tokens, {inputs.txt.shape[1]} text tokens, batch {inputs.img.shape[0]}"
@@ -116,9 +117,6 @@ class StepGraphs:
         while len(self._graphs) >= MOST_GRAPHS and self._memory is not None:
             self._memory.wait()
             self._graphs.popitem(last=False)
-
-    def _why_not_yet(self, inputs: StepInputs) -> str:
-        return self._refused.get(key_of(inputs), f"sizes like these ran less than {EAGER_CALLS + 1} times")
 
     def _plain(self, step: Step, inputs: StepInputs) -> Tensor:
         """The step as it is; without the memory of graphs where there is not enough."""
@@ -151,6 +149,10 @@ def why_not_graph(
         (any(t.device != device for t in inputs.tensors), "an input is on another device"),
     )
     return next((reason for applies, reason in found if applies), None) or _why_not_now()
+
+
+def _why_not_yet() -> str:
+    return _FAILED[0] if _FAILED else f"sizes like these ran less than {EAGER_CALLS + 1} times"
 
 
 def _adds(extras: Extras) -> bool:

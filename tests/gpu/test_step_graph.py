@@ -15,6 +15,7 @@ from torch import Tensor
 
 import trt_core
 import trt_core.step
+import trt_core.step_graph
 from trt_core.gpu import current_gpu, why_not_fp8
 from trt_core.host import Silent
 from trt_core.step_graph import EAGER_CALLS, USED
@@ -197,51 +198,6 @@ def test_a_capture_around_the_call_is_left_alone(cache_folder: str) -> None:
     assert torch.equal(output, expected)
 
 
-# -- failures ----------------------------------------------------------------------------------------------------------
-
-
-def without_memory(*_: Any) -> None:
-    raise torch.OutOfMemoryError("provoked")
-
-
-def waiting(*_: Any) -> None:
-    """Forbidden in a capture: CUDA makes it invalid."""
-    torch.cuda.current_stream().synchronize()
-
-
-@pytest.mark.parametrize("failure", [without_memory, waiting])
-def test_a_capture_that_fails_leaves_everything_usable(
-    failure: Callable[..., None], cache_folder: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = compiled(cache_folder)
-    arguments, other = inputs_of(model), inputs_of(model, height=24, width=30)
-    expected, other_expected = plain(model, arguments), plain(model, other)
-    stream, real = torch.cuda.current_stream(), trt_core.step.rope_cos_sin
-
-    def failing(*given: Any) -> Any:
-        if torch.cuda.is_current_stream_capturing():
-            failure()
-        return real(*given)
-
-    monkeypatch.setattr(trt_core.step, "rope_cos_sin", failing)
-    for _ in range(EAGER_CALLS + 3):
-        assert torch.equal(output_of(model, arguments), expected)
-    assert "the capture failed" in model.trt_report().step
-    assert len([r for r in caplog.records if "without a CUDA graph" in r.getMessage()]) == 1
-    assert torch.cuda.current_stream() == stream
-    assert not torch.cuda.is_current_stream_capturing()
-    assert torch.randn(1000, device="cuda").std() > 0.5, "random numbers still come"
-    monkeypatch.undo()
-    torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    before = torch.cuda.memory_reserved()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before - 2**28, "the allocator still gives memory back"
-    capture(model, other)
-    assert torch.equal(from_graph(model, other), other_expected)
-    assert torch.equal(output_of(model, arguments), expected)
-    assert "the capture failed" in model.trt_report().step, "not tried again"
-
-
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -281,3 +237,46 @@ def test_another_model_keeps_its_graphs(cache_folder: str) -> None:
     filler = [torch.full((2**22,), float("nan"), device="cuda") for _ in range(8)]
     assert torch.equal(from_graph(other, arguments), expected)
     assert all(bool(tensor.isnan().all()) for tensor in filler)
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def without_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("provoked")
+
+
+def waiting(*_: Any) -> None:
+    """Forbidden in a capture: CUDA makes it invalid."""
+    torch.cuda.current_stream().synchronize()
+
+
+@pytest.mark.parametrize("failure", [without_memory, waiting])
+def test_a_capture_that_fails_leaves_everything_else_usable(
+    failure: Callable[..., None], cache_folder: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Last in this file: there is no capture in this process afterwards."""
+    model = compiled(cache_folder)
+    arguments, other = inputs_of(model), inputs_of(model, height=24, width=30)
+    expected, other_expected = plain(model, arguments), plain(model, other)
+    stream, real = torch.cuda.current_stream(), trt_core.step.rope_cos_sin
+
+    def failing(*given: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing():
+            failure()
+        return real(*given)
+
+    monkeypatch.setattr(trt_core.step_graph, "_FAILED", [])  # the test before
+    monkeypatch.setattr(trt_core.step, "rope_cos_sin", failing)
+    for _ in range(EAGER_CALLS + 3):
+        assert torch.equal(output_of(model, arguments), expected)
+        assert torch.equal(output_of(model, other), other_expected)
+    assert "a capture failed" in model.trt_report().step
+    assert len([r for r in caplog.records if "without CUDA graphs" in r.getMessage()]) == 1
+    assert torch.cuda.current_stream() == stream
+    assert not torch.cuda.is_current_stream_capturing()
+    assert torch.randn(1000, device="cuda").std() > 0.5, "random numbers still come"
+    torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    before = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before - 2**28, "the allocator still gives memory back"

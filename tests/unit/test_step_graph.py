@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import trt_core.mutable_module
 from tests.unit.bound_weights import low_rank, one
 from tests.unit.tiny_flux import bfl_weights, call_inputs, loaded, run, tiny_transformer
+from trt_core import step_graph
 from trt_core.config import Attention, Backend, CompileConfig, Layout
 from trt_core.errors import OutOfMemory
 from trt_core.extras import Extras
@@ -88,6 +89,11 @@ class Graphs:
     @property
     def captures(self) -> int:
         return sum(memory.captures for memory in self.memory.made)
+
+
+@pytest.fixture(autouse=True)
+def _no_capture_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_graph, "_FAILED", [])
 
 
 @pytest.fixture
@@ -244,21 +250,22 @@ def test_dropping_says_whether_there_was_anything(graphs: Graphs) -> None:
 
 
 @pytest.mark.parametrize("failure", [torch.OutOfMemoryError("no room"), RuntimeError("not permitted\nmore")], ids=repr)
-def test_a_capture_that_fails_is_said_once_and_not_tried_again(
+def test_after_a_capture_that_fails_there_are_none_in_this_process(
     failure: RuntimeError, graphs: Graphs, caplog: pytest.LogCaptureFixture
 ) -> None:
+    graphs.until_captured(inputs(batch=2))
     graphs.memory.failure = failure
     assert not any(graphs(inputs()) for _ in range(EAGER_CALLS + 4))
     first_line = str(failure).splitlines()[0]
-    assert graphs.graphs.words == f"no cuda graph: the capture failed: {first_line}"
+    assert graphs.graphs.words == f"no cuda graph: a capture failed: {first_line}"
     assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == [
-        f"the step runs without a CUDA graph: the capture failed: {first_line}"
+        f"steps run without CUDA graphs from now on: a capture failed: {first_line}"
     ]
     graphs.memory.failure = None
-    graphs.until_captured(inputs(batch=2))
-    assert not graphs(inputs())
-    assert not graphs(inputs(), ("another binding", 1))
-    assert [graphs(inputs(), ("another binding", 1)) for _ in range(EAGER_CALLS)] == [False, True], "a new chance"
+    assert graphs.memory.made[0].calls[-2:] == ["wait", "close"], "graphs from before are gone, too"
+    assert not any(graphs(inputs(batch=2)) for _ in range(EAGER_CALLS + 2))
+    assert not any(graphs(inputs(), ("another binding", 1)) for _ in range(EAGER_CALLS + 2))
+    assert graphs.captures == 1
 
 
 def test_other_errors_of_a_capture_are_not_hidden(graphs: Graphs) -> None:
