@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from .lines import RESULTS, Line, with_ratios
+from .report_fp8 import fp8_section
 from .report_growth import growth_plot, growth_section
 from .report_tables import PRECISIONS, latest, lines_of, number, stack, table
 from .scenarios import SCENARIOS
@@ -133,8 +134,10 @@ def updated(readme: str, results: Path = RESULTS) -> str:
     if growth:
         growth.append(f"![Step time by picture size, LoRA switch by rank](benchmarks/results/{GROWTH_PLOT})")
     profiles = [_profile_section(lines) for lines in lines_of(results / "profile")]
-    for part, sections in (("benchmark", own), ("comfyui benchmark", comfyui), ("growth benchmark", growth),
-                           ("profile benchmark", profiles)):  # fmt: skip
+    fp8 = [fp8_section(lines) for lines in lines_of(results / "fp8")]
+    parts = {"benchmark": own, "fp8 benchmark": fp8, "comfyui benchmark": comfyui, "growth benchmark": growth,
+             "profile benchmark": profiles}  # fmt: skip
+    for part, sections in parts.items():
         readme = _replaced(readme, part, sections)
     return readme
 

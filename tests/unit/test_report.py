@@ -12,7 +12,7 @@ import pytest
 from benchmarks import plot, report
 
 SVG = "{http://www.w3.org/2000/svg}"
-MARKS = ("benchmark", "comfyui benchmark", "growth benchmark", "profile benchmark")
+MARKS = ("benchmark", "comfyui benchmark", "fp8 benchmark", "growth benchmark", "profile benchmark")
 EMPTY = "\n\n".join(f"Words.\n\n<!-- {mark}:begin -->\n\n<!-- {mark}:end -->" for mark in MARKS) + "\nEnd.\n"
 ABOUT = {"run": "r1", "gpu": "GPU X", "driver": "1.2", "versions": {"torch": "9.9", "tensorrt": "none"}}
 
@@ -191,3 +191,20 @@ def test_two_gpus_share_the_plot_under_their_names() -> None:
 )
 def test_ticks_are_round_and_reach_the_largest(largest: float, expected: list[float]) -> None:
     assert plot.ticks(largest) == expected
+
+
+FORWARD = {"kind": "forward", "weights": "plain", "fp8_attention": True, "error": 0.0187, "cosine": 0.99983,
+           "ratio_to_recipe": 0.951, "eager_error": 0.014, "eager_cosine": 0.9999, **ABOUT}  # fmt: skip
+BUDGET = {"kind": "budget", "budget_gb": 16.0, "peak_allocated_bytes": 12_574_805_504, "step_ms": 75.04,
+          "lora_switch_ms": 626.0, **ABOUT}  # fmt: skip
+
+
+def test_fp8_says_what_was_measured_and_no_more(tmp_path: Path) -> None:
+    gain = {"kind": "lora_gain", "delta": 0.005, "gain": 1.01, "cosine": 0.2, "loras": 4, "gain_standard_error": 0.02}
+    cut = {**BUDGET, "step_ms": 1.0, "incomplete": True, "run": "r2"}
+    results = place(tmp_path / "results", fp8=[FORWARD, {**gain, **ABOUT}, BUDGET, cut])
+    seen = part(report.updated(EMPTY, results), "fp8 benchmark")
+    assert "| one call, plain weights, attention in FP8 | 0.0187 | 0.99983 | 0.95 | r1 |" in seen
+    assert "| LoRA of 0.5% of the weights, mean of 4 LoRAs: 1.01 ± 0.02 of its change arrives |" in seen
+    assert "| 16 | 12.6 | 75.0 |  |  | 626 |  | r1 |" in seen
+    assert "r2" not in seen, "a line that was cut short"
