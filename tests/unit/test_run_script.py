@@ -87,10 +87,12 @@ def test_cuda_packages_of_a_dry_run_are_found() -> None:
     assert cuda == ["cuda-toolkit", "nvidia-cudnn-cu13"]
 
 
-def test_all_suites_that_fit_the_machine(tmp_path: Path) -> None:
+def test_all_suites_that_fit_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for suite in ("unit", "gpu", "comfy"):
         (tmp_path / "tests" / suite).mkdir(parents=True)
-    assert run.pytest_arguments(["-q"], False, tmp_path) == ["tests/unit", "tests/comfy", "-q"]
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    beside = ["-n", "2", "--dist", "loadfile"]
+    assert run.pytest_arguments(["-q"], False, tmp_path) == ["tests/unit", "tests/comfy", *beside, "-q"]
     assert run.pytest_arguments([], True, tmp_path) == ["tests/unit", "tests/gpu", "tests/comfy"]
 
 
@@ -99,7 +101,7 @@ def test_files_that_the_user_names_replace_the_suites(tmp_path: Path) -> None:
     (tmp_path / "tests" / "unit" / "test_a.py").touch()
     named = ["-x", "tests/unit/test_a.py::test_b"]
     assert run.pytest_arguments(named, True, tmp_path) == named
-    assert run.pytest_arguments(["-k", "lora"], False, tmp_path) == ["tests/unit", "-k", "lora"]
+    assert run.pytest_arguments(["-k", "lora"], True, tmp_path) == ["tests/unit", "-k", "lora"]
 
 
 @pytest.mark.parametrize(
