@@ -59,7 +59,8 @@ def _inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "attention", options=["auto", "cudnn", "flash", "efficient", "math"], default="auto", advanced=True,
-            tooltip="The attention kernel between compiled parts. auto measures those that this GPU runs.",
+            tooltip="The attention kernel of compiled blocks. auto measures those that this GPU runs; "
+            "fp8 needs an FP8 model and an H100 or newer.",
         ),
         io.Combo.Input(
             "base_weights", options=["auto", "gpu", "host"], default="auto", advanced=True,

@@ -10,7 +10,6 @@ import torch
 
 from .attention_ranking import rank_attention
 from .backends.base import CompiledSegment
-from .backends.compile_workers import end_compile_workers
 from .backends.compiler import SegmentCompiler, tensorrt_runtime
 from .backends.inductor import COMPILE_THREADS
 from .background import Stopwatch
@@ -72,7 +71,6 @@ class PlanSearch:
             ) from error
         finally:  # after Ctrl-C too: what was built by then must not keep memory
             self.trials.close_all_but(needed)
-            end_compile_workers()
             give_back_heap()
         return plan, self.trials.compiled
 
@@ -176,10 +174,9 @@ class PlanSearch:
         self.trials.measurements += ranked
         self.trials.compile(jobs)
         if building:
-            with contextlib.suppress(
-                MissingDependency
-            ):  # an installation that does not load fails in the builders, too
-                tensorrt_runtime()  # takes a second that the builders leave; they have mapped the same library
+            # It takes a second, which the builders leave. An installation that does not load fails in them, too.
+            with contextlib.suppress(MissingDependency):
+                tensorrt_runtime()
 
     def _processes(self) -> int:
         return 1 if self.config.backend is Backend.AUTO else _BUILDER_PROCESSES
