@@ -182,13 +182,14 @@ class Compilation:
             dict(zip(BlockKind, precisions, strict=True)),
             {kind: samples[kind, p] for kind, p in zip(BlockKind, precisions, strict=True) if (kind, p) in samples},
         )  # fmt: skip
+        # Before there is anything that a cancel would have to close.
+        low_rank_merge.prepare(bound.device, bound.dtype, any(p.fp8 for p in precisions), progress)
         plan, segments = PlanSearch(compiler, self._config, layout).run()
         compiled = CompiledBlocks.of(plan, segments)
         if (before := self._compiled.pop(key, None)) is not None:
             before.close()
         self._compiled[key] = compiled
         self._blocks.clear()
-        low_rank_merge.prepare(bound.device, bound.dtype, any(precision.fp8 for precision in precisions))
         self.build_seconds = watch.seconds()
         self.builds += 1
         progress.update("Ready", 1, 1)

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from .flux import fp8
+from .host import Progress, stop_if_cancelled
 from .lora.changes import Patch
 from .low_rank import DTYPES, Section, Term, low_rank_sections
 
 _LOG = logging.getLogger("trt_core.refit")
 
+_STAGE = "Preparing LoRA merges"
 _SMALL = (64, 256)
 """Multiples of 16, as FLUX's own sizes are: Triton compiles other sizes apart."""
 MAX_TERMS = 8
@@ -56,17 +58,20 @@ def merge_fp8(out: tuple[Tensor, Tensor], base: Tensor, patches: Sequence[tuple[
     return True
 
 
-def prepare(device: torch.device, dtype: torch.dtype, with_fp8: bool) -> None:
+def prepare(device: torch.device, dtype: torch.dtype, with_fp8: bool, progress: Progress) -> None:
     """Compiles what the usual LoRA needs, so that the first one does not wait 1.4 s for it (measured on an H100).
 
     One LoRA on a layer, factors of 16 bits, ranks up to 16 and up to 32, on weights of `dtype`; `with_fp8`: on FP8
-    weights as well. Other kinds are compiled when they come, once per machine.
+    weights as well. Other kinds are compiled when they come, once per machine. Raises `BuildCancelled`.
     """
     if device.type != "cuda" or dtype not in DTYPES or (kernels := _kernels(device)) is None:
         return
     base = torch.zeros(_SMALL, dtype=dtype, device=device)
     weight, scale = torch.empty_like(base, dtype=fp8.FP8), torch.empty((_SMALL[0], 1), device=device)
-    for factors, rank in itertools.product((torch.bfloat16, torch.float16), (16, 32)):
+    kinds = list(itertools.product((torch.bfloat16, torch.float16), (16, 32)))
+    for done, (factors, rank) in enumerate(kinds):
+        stop_if_cancelled(progress, _STAGE)
+        progress.update(_STAGE, done, len(kinds))
         up, down = (base.new_zeros(shape, dtype=factors) for shape in ((_SMALL[0], rank), (rank, _SMALL[1])))
         kernels.merge_low_rank(base, [Term(up, down, 1.0)], base)
         if with_fp8:

@@ -168,13 +168,14 @@ def test_fp8_stacks_are_one_sum(kernels: ModuleType) -> None:
 @pytest.mark.parametrize("factors", [torch.bfloat16, torch.float16], ids=str)
 def test_the_usual_lora_compiles_nothing_once_prepared(factors: torch.dtype, rank: int) -> None:
     from trt_core import low_rank_merge, triton_merge
+    from trt_core.host import Silent
     from trt_core.low_rank import Term
 
     def compiled() -> int:
         kernels = (triton_merge._merge_low_rank_kernel, triton_merge._merge_low_rank_fp8_kernel)
         return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
 
-    low_rank_merge.prepare(torch.device("cuda", 0), torch.bfloat16, True)
+    low_rank_merge.prepare(torch.device("cuda", 0), torch.bfloat16, True, Silent())
     before = compiled()
     base = torch.randn(9216, 3072, device="cuda", dtype=torch.bfloat16)
     term = Term(*(torch.randn(s, device="cuda").to(factors) for s in ((3072, rank), (rank, 3072))), 0.5)
