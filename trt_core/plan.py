@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,13 +21,15 @@ WHOLE_SEGMENT: Mapping[BlockKind, SegmentName] = {
 class BlockChoice:
     """How every block of one kind runs: its segments and their backends, and attention's kernel.
 
-    `attention` lies between the segments of a split block and inside a whole one; TensorRT has its own inside.
+    `attention` lies between the segments of a split block and inside a whole one; TensorRT has its own inside. `wide`:
+    FP8 weights are widened and products are in the model's dtype, but in TensorRT's segments.
     """
 
     kind: BlockKind
     layout: Layout
     backends: tuple[Backend, ...]
     attention: Attention
+    wide: bool = False
 
     def __post_init__(self) -> None:
         if len(self.backends) != len(self.segments):
@@ -42,7 +44,8 @@ class BlockChoice:
         inside = (
             "TensorRT" if self.layout is Layout.WHOLE and Backend.TENSORRT in self.backends else self.attention.value
         )
-        return f"{self.layout.value} {' + '.join(b.value for b in self.backends)}, {inside} attention"
+        products = ", products not in fp8" if self.wide else ""
+        return f"{self.layout.value} {' + '.join(b.value for b in self.backends)}, {inside} attention{products}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,7 @@ def _choice(fields: Mapping[str, Any]) -> BlockChoice:
         Layout(fields["layout"]),
         tuple(Backend(b) for b in fields["backends"]),
         Attention(fields["attention"]),
+        bool(fields["wide"]),
     )
 
 
@@ -127,10 +131,12 @@ def choose(
     kind: BlockKind,
     measured: Mapping[tuple[SegmentName, Backend], float],
     attention: AttentionChoice,
+    wide: Collection[BlockKind] = (),
 ) -> tuple[BlockChoice, float]:
     """The fastest way to run a block and its milliseconds, from what was measured for each segment and backend.
 
-    A split block takes the fastest backend for each half, plus attention between them.
+    A split block takes the fastest backend for each half, plus attention between them. `wide`: kinds of blocks that
+    were measured with products in the model's dtype.
     """
     options: list[tuple[float, BlockChoice]] = []
     whole = WHOLE_SEGMENT[kind]
@@ -144,7 +150,7 @@ def choose(
     if not options:
         raise BuildFailed(f"No candidate for the {kind.value} block could be measured.", fix='Use backend="eager".')
     ms, best = min(options, key=lambda option: option[0])
-    return best, ms
+    return replace(best, wide=kind in wide and set(best.backends) != {Backend.TENSORRT}), ms
 
 
 def _fastest(

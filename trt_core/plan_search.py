@@ -29,6 +29,7 @@ from .plan import (
     why_not_whole_tensorrt,
 )
 from .plan_store import PlanStore
+from .product_ranking import rank_products
 from .trials import Job, Trials
 
 _LOG = logging.getLogger("trt_core.plan")
@@ -89,6 +90,7 @@ class PlanSearch:
         """Compiles what a remembered plan needs; False where an engine is gone, so that the search runs again."""
         watch = Stopwatch()
         self.compiler.profile = plan.profile
+        self.compiler.wide = frozenset(kind for kind in BlockKind if plan.choice(kind).wide)
         for done, (name, backend, attention) in enumerate(plan.needed()):
             self.trials.progress("Loading the plan", done, len(plan.needed()))
             compiled = self._loaded(name, backend, attention)
@@ -171,7 +173,8 @@ class PlanSearch:
 
     def _beside_builders(self, jobs: list[Job], building: list[SegmentName]) -> None:
         self.trials.attention, ranked = rank_attention(self.compiler, self.config.attention)
-        self.trials.measurements += ranked
+        self.compiler.wide, products = rank_products(self.compiler)
+        self.trials.measurements += [*ranked, *products]
         self.trials.compile(jobs)
         if building:
             # It takes a second, which the builders leave. An installation that does not load fails in them, too.
@@ -182,7 +185,10 @@ class PlanSearch:
         return 1 if self.config.backend is Backend.AUTO else _BUILDER_PROCESSES
 
     def _choose(self) -> Choices:
-        return {kind: choose(kind, self.trials.milliseconds, self.trials.attention) for kind in BlockKind}
+        return {
+            kind: choose(kind, self.trials.milliseconds, self.trials.attention, self.compiler.wide)
+            for kind in BlockKind
+        }
 
     def _try_inductor_halves(self) -> None:
         """Compiles Inductor's halves where one of them can still win beside TensorRT's other half."""

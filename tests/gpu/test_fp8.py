@@ -26,8 +26,10 @@ from tests.unit.fp8_simulation import (
     three_ways,
 )
 from tests.unit.tiny_flux import exact_inputs, run_diffusers, tiny_transformer
+from trt_core import plan_search
 from trt_core.attention_ranking import why_not_fp8_attention
 from trt_core.backends.check import relative_l2
+from trt_core.flux.catalogue import BlockKind
 from trt_core.fp8_recipe import attach_recipe, detach_recipe
 from trt_core.gpu import current_gpu, why_not_fp8
 
@@ -158,6 +160,23 @@ def test_sharp_norms_keep_attention_in_bf16(cache_folder: str) -> None:
     ours = compiled_fp8(real_shaped(adversarial=True), Scheme(), cache_folder, backend="inductor")
     output_of(ours, inputs_of(real_shaped(), height=64, width=64))
     assert "fp8 attention" not in str(ours.trt_report().segments)
+
+
+@BACKENDS
+def test_products_in_bf16_have_no_error_of_their_own(
+    backend: str, cache_folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Where they measure faster; here because the ranking says so. Inputs are not rounded then."""
+    plain, arguments = real_shaped(), inputs_of(real_shaped())
+    errors = []
+    for wide in (frozenset(BlockKind), frozenset()):
+        monkeypatch.setattr(plan_search, "rank_products", lambda compiler, wide=wide: (wide, []))
+        folder = tmp_path / str(len(wide))
+        ours = compiled_fp8(copy.deepcopy(plain), Scheme(), folder, backend=backend, attention="cudnn")
+        found = three_ways(ours, plain, Scheme(), arguments)
+        errors.append(relative_l2(found.ours, found.exact))
+        assert ("products not in fp8" in str(ours.trt_report().segments)) is bool(wide)
+    assert errors[0] < 0.9 * errors[1]
 
 
 # -- LoRAs -------------------------------------------------------------------------------------------------------------

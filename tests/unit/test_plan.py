@@ -266,3 +266,20 @@ def test_fp8_attention_is_inside_inductors_whole_blocks_only() -> None:
     assert choose(BlockKind.DOUBLE, {**whole, **halves}, attention)[0].attention is Attention.CUDNN
     without = attention.without(BlockKind.DOUBLE)
     assert choose(BlockKind.DOUBLE, whole, without)[0].attention is Attention.CUDNN
+
+
+def test_products_that_are_not_fp8_are_said_and_remembered() -> None:
+    attention = AttentionChoice(Attention.CUDNN, 0.4)
+    by_inductor, by_tensorrt = {(WHOLE, IND): 1.0}, {(WHOLE, TRT): 1.0}
+    choice, _ = choose(BlockKind.DOUBLE, by_inductor, attention, {BlockKind.DOUBLE})
+    assert choice.wide
+    assert choice.words() == "whole inductor, cudnn attention, products not in fp8"
+    assert not choose(BlockKind.DOUBLE, by_inductor, attention, {BlockKind.SINGLE})[0].wide
+    assert not choose(BlockKind.DOUBLE, by_tensorrt, attention, {BlockKind.DOUBLE})[0].wide, "TensorRT's are its own"
+    single = BlockChoice(BlockKind.SINGLE, Layout.WHOLE, (IND,), Attention.CUDNN)
+    plan = Plan(choice, single, Profile.around(1, 64, 8))
+    assert Plan.from_json(plan.to_json()) == plan
+    without = json.loads(plan.to_json())
+    del without["double"]["wide"]
+    with pytest.raises(KeyError):
+        Plan.from_json(json.dumps(without).encode())

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.unit.tiny_flux import bfl_weights, call_inputs, loaded, run, run_diffusers, shapes_of, tiny_transformer
+from trt_core import plan_search
 from trt_core.backends.compiler import SegmentCompiler
 from trt_core.config import Attention, Backend, CompileConfig, Layout, Profile, ShapeRange
 from trt_core.engine_cache import EngineCache
@@ -71,6 +72,18 @@ def test_forced_fp8_attention_says_what_it_needs(tmp_path: Path) -> None:
         UnsupportedGPU, match=r'attention="fp8" cannot be used: it needs an NVIDIA GPU.*attention="auto"'
     ):
         search(tmp_path, Backend.EAGER, attention=Attention.FP8).run()
+
+
+def test_products_that_are_not_fp8_are_so_again_when_the_plan_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_search, "rank_products", lambda compiler: (frozenset({BlockKind.SINGLE}), []))
+    first = search(tmp_path)
+    assert first.run()[0].single.wide
+    again = search(tmp_path)
+    monkeypatch.setattr(plan_search, "rank_products", None)
+    assert again.run()[0].single.wide
+    assert again.compiler.wide == first.compiler.wide == {BlockKind.SINGLE}
 
 
 def test_auto_takes_eager_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

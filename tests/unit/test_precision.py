@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.unit.tiny_flux import bfl_weights, shapes_of, tiny_transformer
+from trt_core import product_ranking
 from trt_core.backends.base import Request
 from trt_core.backends.check import check, error_ratio, relative_l2
 from trt_core.backends.compiler import SegmentCompiler
 from trt_core.backends.eager import EagerSegment
 from trt_core.block_precisions import BlockPrecisions
 from trt_core.compilation import Bound
-from trt_core.config import Backend, Profile
+from trt_core.config import Attention, Backend, Profile
 from trt_core.engine_cache import EngineCache
 from trt_core.errors import BuildFailed
 from trt_core.flux import weights as flux_weights
@@ -196,13 +199,16 @@ def test_a_model_without_double_blocks_has_a_pair_too() -> None:
 # -- how an FP8 segment is checked -------------------------------------------------------------------------------------
 
 
-def request(name: SegmentName, tmp_path: Path, static: bool = False) -> Request:
+def compiler(tmp_path: Path, static: bool = False, **options: Any) -> SegmentCompiler:
     found = of(activations=Activations.STATIC if static else Activations.DYNAMIC)
-    compiler = SegmentCompiler(
+    return SegmentCompiler(
         ARCH, torch.bfloat16, CPU, Profile.around(1, 64, 16), EngineCache(str(tmp_path)), 1.5, Silent(),
-        {BlockKind.DOUBLE: found.double[0], BlockKind.SINGLE: found.single[0]},
+        {BlockKind.DOUBLE: found.double[0], BlockKind.SINGLE: found.single[0]}, **options,
     )  # fmt: skip
-    return compiler.request(name)
+
+
+def request(name: SegmentName, tmp_path: Path, static: bool = False) -> Request:
+    return compiler(tmp_path, static).request(name)
 
 
 class Wrong:
@@ -276,3 +282,46 @@ def test_the_exact_reference_quantizes_no_inputs_and_is_left_by_an_error() -> No
         _ = 1 / 0
     assert torch.equal(linear(x, weight, bias), quantized)
     assert not torch.equal(gelu_linear(x, weight, bias), quantized)
+
+
+# -- products in the model's dtype -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_wide_products_round_the_weights_alone(name: SegmentName, static: bool, tmp_path: Path) -> None:
+    """Their error against unquantized inputs is bf16's, a tenth of that of FP8's own products."""
+    wide = compiler(tmp_path, static, wide=frozenset({name.kind}))
+    made = wide.request(name, Attention.AUTO)
+    assert 0 < error_ratio(EagerSegment(made), made) < 0.4
+    for other in (wide.request(name), compiler(tmp_path, static).request(name, Attention.AUTO)):
+        assert error_ratio(EagerSegment(other), other) == 1.0, "TensorRT's segments, and those of other kinds"
+
+
+def test_products_are_ranked_by_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter((0.5, 0.4, 0.3, 0.3))
+    outputs: list[Tensor] = []
+
+    def timed(run: Callable[[], Tensor], *_: object) -> float:
+        outputs.append(run())
+        return next(times)
+
+    monkeypatch.setattr(product_ranking, "median_milliseconds", timed)
+    found, measured = product_ranking._ranked(compiler(tmp_path))
+    assert found == {BlockKind.DOUBLE}
+    assert [(m.what, m.backend, m.milliseconds) for m in measured] == [
+        ("double product", "fp8", 0.5), ("double product", "widened", 0.4),
+        ("single product", "fp8", 0.3), ("single product", "widened", 0.3),
+    ]  # fmt: skip
+    rows = {BlockKind.DOUBLE: 64, BlockKind.SINGLE: 64 + 16}
+    for fp8, widened, kind in zip(outputs[::2], outputs[1::2], BlockKind, strict=True):
+        assert fp8.shape == widened.shape == (rows[kind], fp8.shape[1])
+        assert relative_l2(fp8, widened) < 0.05, "the same product both ways"
+
+
+def test_on_a_cpu_and_without_fp8_nothing_is_ranked(tmp_path: Path) -> None:
+    assert product_ranking.rank_products(compiler(tmp_path)) == (frozenset(), [])
+    plain = SegmentCompiler(
+        ARCH, torch.bfloat16, CPU, Profile.around(1, 64, 16), EngineCache(str(tmp_path)), 1.5, Silent()
+    )
+    assert product_ranking._ranked(plain) == (frozenset(), [])

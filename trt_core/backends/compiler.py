@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class SegmentCompiler:
     """Weights of one block of each kind, before and after attention, to measure with; else random ones are made."""
     compile_threads: int = COMPILE_THREADS
     """How many kernels Inductor compiles at a time."""
+    wide: frozenset[BlockKind] = frozenset()
+    """Kinds of blocks whose FP8 products Inductor and eager PyTorch do in the model's dtype."""
     scratch: Scratch = field(init=False)
     error_ratios: dict[tuple[SegmentName, Backend], float] = field(default_factory=dict)
     build_seconds: dict[tuple[SegmentName, Backend], float] = field(default_factory=dict)
@@ -70,7 +72,8 @@ class SegmentCompiler:
         function = attend if attention is None else attention_function(attention)
         precision = self.precision(name)
         reference = segment(name, self.arch, attend, precision).function
-        found = segment(name, self.arch, function, precision)
+        wide = attention is not None and name.kind in self.wide and bool(precision.fp8)
+        found = segment(name, self.arch, function, replace(precision, wide=wide))
         return Request(found, self.dtype, self.device, self.profile, reference, precision, self._sample(name))
 
     def precision(self, name: SegmentName) -> Precision:

@@ -20,11 +20,15 @@ from .fused import join_gelu, modulated_norm
 
 
 class Fp8Weight(NamedTuple):
-    """An E4M3 matrix [out, in], its fp32 scale ([out, 1], or one element), and the input's scale where it is static."""
+    """An E4M3 matrix [out, in], its fp32 scale ([out, 1], or one element), and the input's scale where it is static.
+
+    `wide`: the matrix is widened at each call and multiplied in the inputs' dtype, which are not quantized then.
+    """
 
     weight: Tensor
     scale: Tensor
     input_scale: Tensor | None
+    wide: bool = False
 
 
 Weight = Tensor | Fp8Weight
@@ -69,7 +73,7 @@ def linear(x: Activation, weight: Weight, bias: Tensor) -> Tensor:
         return _quantized_linear(x, weight, bias)
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
-    if not _quantizes:
+    if weight.wide or not _quantizes:
         return _exact(x, weight, bias)
     if _note is not None and weight.input_scale is not None:
         _note(x, weight)
@@ -79,21 +83,21 @@ def linear(x: Activation, weight: Weight, bias: Tensor) -> Tensor:
 
 def norm_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """`linear` of the modulated layer norm of x [B, L, hidden]; shift, scale [B, hidden]."""
-    if isinstance(weight, Tensor) or _needs_inputs():
+    if isinstance(weight, Tensor) or _needs_inputs(weight):
         return linear(modulated_norm(x, shift, scale), weight, bias)
     return _product(fp8.quantize_norm(x, shift, scale, weight.input_scale), weight, bias, x.dtype)
 
 
 def gelu_linear(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """`linear` of gelu(x)."""
-    if isinstance(weight, Tensor) or _needs_inputs():
+    if isinstance(weight, Tensor) or _needs_inputs(weight):
         return linear(F.gelu(x, approximate="tanh"), weight, bias)
     return _product(fp8.quantize_gelu(x, weight.input_scale), weight, bias, x.dtype)
 
 
 def join_gelu_linear(attn: Activation, mlp: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """`linear` of attn and gelu(mlp) joined along the last axis."""
-    if isinstance(weight, Tensor) or _needs_inputs():
+    if isinstance(weight, Tensor) or _needs_inputs(weight):
         wide = attn.dequantized() if isinstance(attn, Fp8Activation) else attn
         return linear(join_gelu(wide, mlp), weight, bias)
     values, scale = (attn.values, attn.scale) if isinstance(attn, Fp8Activation) else (attn, None)
@@ -104,14 +108,14 @@ def _quantized_linear(x: Fp8Activation, weight: Weight, bias: Tensor) -> Tensor:
     """`linear` of what is in E4M3 already: it goes into an FP8 product as it is, whatever scale calibration found."""
     if isinstance(weight, Tensor):
         return F.linear(x.dequantized(), weight, bias)
-    if _needs_inputs():
+    if _needs_inputs(weight):
         return linear(x.dequantized(), weight, bias)
     return _product((x.values, x.scale), weight, bias, x.dtype)
 
 
-def _needs_inputs() -> bool:
+def _needs_inputs(weight: Fp8Weight) -> bool:
     """Whether an FP8 layer's input is wanted as a tensor, before it is quantized."""
-    return not _quantizes or _note is not None
+    return weight.wide or not _quantizes or _note is not None
 
 
 def _quantized_in_parts(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,13 +31,15 @@ class Precision:
 
     `per_row`: a scale per output channel and per token, else one for the whole tensor. `static`: the activations'
     scales come from calibration and are inputs, too; else each call finds them. `fp8_attention`: attention may be in
-    E4M3, too, because the norms of q and k leave logits exact enough; whether it is, the plan says.
+    E4M3, too, because the norms of q and k leave logits exact enough; whether it is, the plan says. `wide`: FP8 is
+    storage alone, products are in the model's dtype (`linear.Fp8Weight`); the plan says so where they are faster.
     """
 
     fp8: frozenset[str] = frozenset()
     per_row: bool = True
     static: bool = False
     fp8_attention: bool = False
+    wide: bool = False
 
     def bound(self, names: Sequence[str], shapes: dict[str, tuple[int, ...]]) -> tuple[Bound, ...]:
         """Every weight input for the plain weights `names`: an FP8 weight is followed by its scales."""
@@ -52,7 +54,10 @@ class Precision:
         rest = iter(tensors)
         for name in names:
             weight, scales = next(rest), [next(rest) for _ in self._scales(name)]
-            yield Fp8Weight(weight, scales[0], scales[1] if self.static else None) if scales else weight
+            if scales:
+                yield Fp8Weight(weight, scales[0], scales[1] if self.static else None, self.wide)
+            else:
+                yield weight
 
     def is_fp8(self, name: str) -> bool:
         """Whether `name` ("img_attn.qkv.weight") is the matrix of an FP8 layer."""
