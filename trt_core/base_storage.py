@@ -22,6 +22,17 @@ GPU_RESERVE_BYTES = 3 * 2**30
 """Left free on the GPU when base weights go there: activations, VAE decode, and the fp32 sum of the largest layer."""
 
 
+def spare_gpu_bytes(device: torch.device) -> int:
+    """What tensors may still take on this GPU: what is free, and what PyTorch holds unused, within the limit of
+    `torch.cuda.set_per_process_memory_fraction`."""
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    unused = torch.cuda.memory_reserved(device) - allocated
+    # Older than PyTorch's way to ask for the limit: none is known.
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
+    return min(free + unused, int(total * fraction) - allocated)
+
+
 class BaseSource(Protocol):
     """A copy of all unchanged weights that the program around us has anyway: kept copies then only save time."""
 
@@ -129,10 +140,9 @@ class BaseStorage:
             return False
         if self._device.type != "cuda":
             return True
-        free, _ = torch.cuda.mem_get_info(self._device)
-        reusable = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        _LOG.debug("base weights: %d bytes needed, %d free on the GPU", needed_bytes, free + reusable)
-        return free + reusable >= needed_bytes + GPU_RESERVE_BYTES
+        spare = spare_gpu_bytes(self._device)
+        _LOG.debug("base weights: %d bytes needed, %d free on the GPU", needed_bytes, spare)
+        return spare >= needed_bytes + GPU_RESERVE_BYTES
 
     def _fits_host(self, needed_bytes: int) -> bool:
         if self._source is None:

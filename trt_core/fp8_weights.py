@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base_storage import GPU_RESERVE_BYTES, BaseSource
+from .base_storage import GPU_RESERVE_BYTES, BaseSource, spare_gpu_bytes
 from .config import BaseWeights
 from .flux import fp8
 from .flux.architecture import FluxArchitecture
@@ -169,8 +169,8 @@ def base_place(
         where = BaseWeights.GPU
     elif mode is BaseWeights.AUTO:
         needed_bytes = elements * (1 if given_there else 3)
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        where = BaseWeights.GPU if free_bytes >= needed_bytes + GPU_RESERVE_BYTES else BaseWeights.HOST
+        fits = spare_gpu_bytes(device) >= needed_bytes + GPU_RESERVE_BYTES
+        where = BaseWeights.GPU if fits else BaseWeights.HOST
     return BasePlace(where, 2 * elements)
 
 

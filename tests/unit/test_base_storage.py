@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trt_core.base_storage import BaseStorage, _Place
+from trt_core.base_storage import BaseStorage, _Place, spare_gpu_bytes
 from trt_core.config import BaseWeights
 
 CPU = torch.device("cpu")
@@ -81,12 +81,25 @@ def test_where_bases_go_on_a_gpu_is_decided_from_free_memory(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     gpu = torch.device("cuda", 0)
     where = BaseStorage(BaseWeights.AUTO, gpu)._where
     assert where(2 * 2**30) is _Place.GPU
     assert where(2 * 2**30 + 1) is _Place.HOST, "3 GiB stay free for activations"
     assert BaseStorage(BaseWeights.GPU, gpu)._where(10**12) is _Place.GPU
     assert BaseStorage(BaseWeights.HOST, gpu)._where(1) is _Place.HOST
+
+
+def test_what_tensors_may_take_ends_at_the_processs_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And holds what PyTorch has and does not use."""
+    facts = {"mem_get_info": (50, 80), "memory_reserved": 20, "memory_allocated": 14}
+    for name, value in facts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    for fraction, spare in ((1.0, 56), (0.5, 26), (0.1, -6)):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, f=fraction: f)
+        assert spare_gpu_bytes(torch.device("cuda", 0)) == spare
+    monkeypatch.delattr(torch.cuda, "get_per_process_memory_fraction")
+    assert spare_gpu_bytes(torch.device("cuda", 0)) == 56, "a PyTorch that does not tell"
 
 
 def test_without_a_source_nothing_on_a_cpu_can_be_freed(storage: BaseStorage) -> None:
