@@ -88,7 +88,7 @@ def pytest_arguments(arguments: list[str], gpu: bool, root: Path = ROOT) -> list
     if any((root / path).exists() for path in named):
         return arguments
     suites = ["tests/unit", *(["tests/gpu"] if gpu else []), "tests/comfy"]
-    beside = [] if gpu else ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "loadfile"]
+    beside = [] if gpu else ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "loadgroup"]
     return [*(suite for suite in suites if (root / suite).is_dir()), *beside, *arguments]
 
 

@@ -91,7 +91,7 @@ def test_all_suites_that_fit_the_machine(tmp_path: Path, monkeypatch: pytest.Mon
     for suite in ("unit", "gpu", "comfy"):
         (tmp_path / "tests" / suite).mkdir(parents=True)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    beside = ["-n", "2", "--dist", "loadfile"]
+    beside = ["-n", "2", "--dist", "loadgroup"]
     assert run.pytest_arguments(["-q"], False, tmp_path) == ["tests/unit", "tests/comfy", *beside, "-q"]
     assert run.pytest_arguments([], True, tmp_path) == ["tests/unit", "tests/gpu", "tests/comfy"]
 

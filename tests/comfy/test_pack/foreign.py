@@ -10,6 +10,7 @@ import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
+from torch._subclasses import FakeTensor
 
 from .conditioning import CATEGORY, seed_input
 
@@ -71,7 +72,9 @@ class Memory(io.ComfyNode):
         gc.collect()
         storages = {}
         for thing in gc.get_objects():
-            if isinstance(thing, torch.Tensor) and thing.layout == torch.strided and not thing.is_meta:
+            # A compilation that was cancelled may still trace, with tensors that have no memory.
+            traced = isinstance(thing, FakeTensor)
+            if isinstance(thing, torch.Tensor) and thing.layout == torch.strided and not thing.is_meta and not traced:
                 storage = thing.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
         loaded = [patcher.model.__class__.__name__ for patcher in comfy.model_management.loaded_models()]
