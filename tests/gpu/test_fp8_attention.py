@@ -47,8 +47,7 @@ def test_quantized_qkv(dtype: torch.dtype, heads: int, dim: int, txt_tokens: int
 
     img = stream(61, heads, dim, 1, dtype, extra=16)
     txt = stream(txt_tokens, heads, dim, 9, dtype) if txt_tokens else None
-    kernels = [None if s is None else triton_attention.Stream(*s) for s in (img, txt)]
-    seen = triton_attention.quantized_qkv(*kernels, heads, fused.EPS)
+    seen = triton_attention.quantized_qkv(img, txt, heads, fused.EPS)
     expected = quantized_qkv(img, txt, heads)
     assert torch.equal(seen[3], expected[3])
     for s, e in zip(seen[:3], expected[:3], strict=True):

@@ -25,7 +25,8 @@ _PRODUCT_ERROR = 0.0375
 
 
 class QkvStream(NamedTuple):
-    """One stream's product [B, n, 3 * H * D or more], q, k, v in its first columns; norms [D], angles [n, D / 2]."""
+    """One stream's product [B, n, 3 * H * D or more], q, k, v in its first columns, dense in the last axis; norms [D],
+    angles [n, D / 2] in fp32."""
 
     qkv: Tensor
     query_norm: Tensor
@@ -74,8 +75,7 @@ def quantized_qkv(img: QkvStream, txt: QkvStream | None, heads: int) -> tuple[Te
     """q, k, v [B, n_txt + n_img, H, D] in E4M3, contiguous, and v's scale, fp32 [1]: q and k normalised and rotated."""
     kernels = fused.attention_kernels(img.qkv)
     if kernels is not None:
-        streams = (kernels.Stream(*img), None if txt is None else kernels.Stream(*txt))
-        return kernels.quantized_qkv(*streams, heads, fused.EPS)
+        return kernels.quantized_qkv(img, txt, heads, fused.EPS)
     parts = [_split(stream, heads) for stream in (txt, img) if stream is not None]
     q, k, v = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     scale = tensor_scale(v)

@@ -8,30 +8,18 @@ cache. Text and image tokens come from two products and are joined on the way, t
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fp8_attention import QkvStream
 from .triton_rows import amax_bits, scale_from_bits
 
 _ROWS = 8
 """Rows of v for one program: each reads all rows' magnitudes, 4 bytes per row, to find the largest."""
 _MAGNITUDES = 4096
 """Magnitudes that are reduced at a time."""
-
-
-class Stream(NamedTuple):
-    """One stream's tokens: `qkv` [B, n, 3 * H * D or more] with q, k, v in its first columns, dense in the last axis;
-    its norms [D], and its angles [n, D / 2] in fp32."""
-
-    qkv: Tensor
-    query_norm: Tensor
-    key_norm: Tensor
-    cos: Tensor
-    sin: Tensor
 
 
 @triton.jit
@@ -109,7 +97,9 @@ def _values_kernel(
         tl.store(out_ptr + row.to(tl.int64) * HIDDEN + column, v.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def quantized_qkv(img: Stream, txt: Stream | None, heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantized_qkv(
+    img: QkvStream, txt: QkvStream | None, heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v [B, n_txt + n_img, H, D] in E4M3, contiguous, and v's scale, fp32 [1]; text tokens first where there are
     any."""
     n_txt, txt = (0, img) if txt is None else (txt.qkv.shape[1], txt)
