@@ -22,6 +22,7 @@ from .fake_quant import FakeAttention, fake_quantized
 from .fp8_budget import seconds
 from .fp8_calls import attention_is_fp8, call, exact
 from .fp8_lines import TINY, device_of
+from .lines import Line
 from .memory import MemoryPeaks
 from .progress import Progress
 from .scenarios import Scenario
@@ -32,7 +33,6 @@ _STEPS = 10
 _BAKED = ("mttm", "torchao")
 """Their weights are in what was compiled, or are no plain tensors: they are measured on plain weights alone, because
 new ones would cost minutes."""
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .lines import RESULTS, append, file_name, read, with_ratios
+from .lines import RESULTS, Line, append, file_name, read, with_ratios
 from .scenarios import Scenario, named
-
-Line = dict[str, Any]
 
 
 def child(job: Line, limit_seconds: float) -> Iterator[Line]:

@@ -60,3 +60,8 @@ class OutOfMemory(TRTError):
 
 class CacheError(TRTError):
     """The engine cache cannot be written, or a bundle cannot be imported."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another program's error says first; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

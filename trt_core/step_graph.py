@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .background import Stopwatch
 from .config import Attention, Backend
+from .errors import first_line
 from .extras import Extras
 from .flux import cudnn_attention
 from .plan import BlockChoice
@@ -103,7 +104,7 @@ class StepGraphs:
         try:
             graph = memory.capture(step, inputs, _attention_memory(step, inputs, choices))
         except RuntimeError as error:  # CUDA's refusals and lack of memory; the step itself says what else is wrong
-            _FAILED.append(f"a capture failed: {_first_line(error.__context__ or error)}")
+            _FAILED.append(f"a capture failed: {first_line(error.__context__ or error)}")
         if _FAILED:
             self.drop()  # only now: the error held what the capture had taken
             _LOG.warning("steps run without CUDA graphs from now on: %s", _FAILED[0])
@@ -179,7 +180,3 @@ def _attention_memory(step: Step, inputs: StepInputs, choices: Sequence[BlockCho
         return None
     batch, tokens = inputs.img.shape[0], inputs.txt.shape[1] + inputs.img.shape[1]
     return cudnn_attention.graph_of(inputs.img.device.index, batch, tokens, step.arch.heads, step.arch.head_dim)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

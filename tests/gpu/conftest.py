@@ -59,3 +59,14 @@ def output_of(model: Callable[..., Any], arguments: dict[str, Any]) -> torch.Ten
     with torch.no_grad():
         result = model(**arguments)
     return result[0] if isinstance(result, tuple) else result.sample
+
+
+def add_loras(model: Any, targets: list[str]) -> None:
+    """Adapters "a" on all of these layers, and "b" on three of them."""
+    from peft import LoraConfig
+
+    for seed, name in enumerate(("a", "b")):
+        torch.manual_seed(seed)
+        chosen = targets if name == "a" else targets[1:4]
+        config = LoraConfig(r=8, lora_alpha=4 + seed, target_modules=chosen, init_lora_weights=False)
+        model.add_adapter(config, adapter_name=name)

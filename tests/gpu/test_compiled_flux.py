@@ -11,7 +11,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from peft import LoraConfig
 
 import trt_core
 from tests.unit.tiny_flux import exact_inputs, tiny_transformer
@@ -19,7 +18,7 @@ from trt_core.backends.check import relative_l2
 from trt_core.errors import BuildCancelled, BuildFailed
 from trt_core.host import Silent
 
-from .conftest import inputs_of, output_of, real_shaped_model
+from .conftest import add_loras, inputs_of, output_of, real_shaped_model
 
 TARGETS = ["to_q", "to_k", "to_v", "add_k_proj", "to_out.0", "net.2", "proj_mlp", "proj_out", "norm.linear"]
 pytestmark = pytest.mark.usefixtures("needs_tensorrt")
@@ -27,14 +26,6 @@ pytestmark = pytest.mark.usefixtures("needs_tensorrt")
 
 def compiled(model: Any, cache_folder: str, backend: str, **options: Any) -> Any:
     return trt_core.compile_transformer(model, backend=backend, cache_folder=cache_folder, progress=Silent(), **options)
-
-
-def add_loras(model: Any) -> None:
-    for seed, name in enumerate(("a", "b")):
-        torch.manual_seed(seed)
-        targets = TARGETS if name == "a" else TARGETS[1:4]
-        config = LoraConfig(r=8, lora_alpha=4 + seed, target_modules=targets, init_lora_weights=False)
-        model.add_adapter(config, adapter_name=name)
 
 
 def error_ratio(model: Any, output: torch.Tensor, arguments: dict[str, Any], reference: Any) -> float:
@@ -76,7 +67,7 @@ def test_lora_switches_are_exact(backend: str, cache_folder: str) -> None:
         compiled(model, cache_folder, backend, base_weights=base)
         arguments = inputs_of(model)
         seen = {"none": output_of(model, arguments)}
-        add_loras(model)
+        add_loras(model, TARGETS)
         model.set_adapters("b")
         seen["b"] = output_of(model, arguments)
         for adapters, strengths in ((["a"], [1.0]), (["a", "b"], [0.5, -1.0]), (["a"], [1.0])):
@@ -99,7 +90,7 @@ def test_lora_switches_are_exact(backend: str, cache_folder: str) -> None:
 def test_parameters_show_the_base_while_a_lora_is_applied(model: Any, cache_folder: str) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     compiled(model, cache_folder, "tensorrt", base_weights="host")
-    add_loras(model)
+    add_loras(model, TARGETS)
     output_of(model, inputs_of(model))
     after = {name.replace(".base_layer", ""): t for name, t in model.state_dict().items() if "lora_" not in name}
     assert all(torch.equal(before[name], after[name]) and after[name].is_cuda for name in before)
@@ -176,7 +167,7 @@ def test_out_of_memory_in_a_refit_keeps_the_weights(cache_folder: str) -> None:
     compiled(model, cache_folder, "eager", base_weights="gpu")
     arguments = inputs_of(model)
     before = output_of(model, arguments)
-    add_loras(model)
+    add_loras(model, TARGETS)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**21) / total)

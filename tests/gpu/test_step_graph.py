@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 import trt_core
@@ -20,7 +19,7 @@ from trt_core.gpu import current_gpu, why_not_fp8
 from trt_core.host import Silent
 from trt_core.step_graph import EAGER_CALLS, USED
 
-from .conftest import inputs_of, output_of, real_shaped_model
+from .conftest import add_loras, inputs_of, output_of, real_shaped_model
 
 ATTENTION_AND_MLP = ["to_q", "to_k", "add_v_proj", "proj_mlp", "norm.linear", "norm1.linear"]
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "inductor"])
@@ -60,14 +59,6 @@ def capture(model: Any, arguments: dict[str, Any]) -> None:
     from_graph(model, arguments)
 
 
-def add_loras(model: Any) -> None:
-    for seed, name in enumerate(("a", "b")):
-        torch.manual_seed(seed)
-        targets = ATTENTION_AND_MLP if name == "a" else ATTENTION_AND_MLP[1:4]
-        config = LoraConfig(r=8, lora_alpha=4 + seed, target_modules=targets, init_lora_weights=False)
-        model.add_adapter(config, adapter_name=name)
-
-
 # -- the same bits -----------------------------------------------------------------------------------------------------
 
 
@@ -91,7 +82,7 @@ def test_one_graph_serves_every_lora(
     precision: str, backend: str, cache_folder: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = compiled(cache_folder, precision, backend)
-    add_loras(model)
+    add_loras(model, ATTENTION_AND_MLP)
     model.set_adapters("a")
     arguments = inputs_of(model)
     caplog.set_level(logging.INFO, logger="trt_core.module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.unit.processes import alive
 from tests.unit.tiny_flux import bfl_weights, shapes_of, tiny_transformer
 from trt_core.backends.base import Request
 from trt_core.backends.check import check, error_ratio, relative_l2
@@ -28,7 +28,8 @@ from trt_core.config import Attention, Backend, Profile, ShapeRange
 from trt_core.engine_cache import EngineCache
 from trt_core.errors import BuildCancelled, BuildFailed, MissingDependency
 from trt_core.flux.architecture import FluxArchitecture
-from trt_core.flux.catalogue import SegmentName
+from trt_core.flux.catalogue import BlockKind, SegmentName
+from trt_core.flux.precision import Precision
 from trt_core.host import Silent
 
 ARCH = FluxArchitecture.from_shapes(shapes_of(bfl_weights(tiny_transformer(head_dim=16))))
@@ -153,6 +154,13 @@ def test_a_key_holds_what_changes_an_engine_and_nothing_else(tmp_path: Path) -> 
         compiler(tmp_path, profile=PROFILE.widened(1, 80, 7))._key(QKV),
         compiler(tmp_path)._key(OUT),
     ]
+    fp8 = Precision(frozenset({"img_attn.qkv"}))
+    for precision in (fp8, replace(fp8, fp8_attention=True)):
+        made = compiler(tmp_path)
+        made.precisions = {BlockKind.DOUBLE: precision}
+        other.append(made._key(QKV))
+    assert other.pop().digest == other[-1].digest, "attention in FP8 is no matter of TensorRT's engines"
+    assert other.pop().digest != keys[0]
     assert len(set(keys)) == 1
     assert len({keys[0], *(key.digest for key in other)}) == 6
 
@@ -209,14 +217,6 @@ def test_a_builder_that_dies_is_a_failed_build(tmp_path: Path) -> None:
             builders.result(ticket)
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 @no_gpu
 def test_what_a_builder_cannot_do_is_a_failed_build_with_its_last_words(tmp_path: Path) -> None:
     """For real: this machine has no torch_tensorrt, or no GPU to build for."""
@@ -228,7 +228,7 @@ def test_what_a_builder_cannot_do_is_a_failed_build_with_its_last_words(tmp_path
         assert len(str(caught.value)) > 60, "the reason is missing"
         pids = [worker.pid for worker in builders._workers]
         folder = Path(builders._folder.name)
-    assert not any(_alive(pid) for pid in pids)
+    assert not any(alive(pid) for pid in pids)
     assert not folder.exists()
 
 
@@ -237,9 +237,9 @@ def test_leaving_kills_builders_at_once(tmp_path: Path) -> None:
     with Builders(ARCH, CPU, 2, tmp_path / "timing.bin") as builders:
         tickets = [builders.submit(request(name)) for name in (QKV, OUT)]
         pids = [worker.pid for worker in builders._workers]
-        assert all(_alive(pid) for pid in pids)
+        assert all(alive(pid) for pid in pids)
         assert next(builders.finished(tickets)) == -1, "a poll that brings nothing lets the caller cancel"
-    assert not any(_alive(pid) for pid in pids)
+    assert not any(alive(pid) for pid in pids)
     assert time.perf_counter() - started < 2
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.unit.processes import alive
 from tests.unit.test_backends import ARCH, CPU, compiler
 from trt_core import engine_builds
 from trt_core.backends import products
@@ -36,14 +36,6 @@ def processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     monkeypatch.setattr(engine_builds, "Builders", Watched)
     monkeypatch.setattr(SegmentCompiler, "timing_cache", lambda self: tmp_path / "timing.bin")
     return started
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @no_gpu

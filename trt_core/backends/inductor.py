@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import Backend
-from ..errors import BuildFailed
+from ..errors import BuildFailed, first_line
 from ..flux.catalogue import Axis, Segment
 from ..flux.fused import load_kernels
 from .base import Request
@@ -62,7 +62,7 @@ class InductorSegment:
             out = self._compiled(*tensors)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise BuildFailed(
-                f"Inductor could not compile {self._segment.name.value}: {_first_line(error)}",
+                f"Inductor could not compile {self._segment.name.value}: {first_line(error)}",
                 fix='Use backend="eager" or "tensorrt".',
                 widget="backend",
             ) from error
@@ -103,7 +103,3 @@ def _private_copy(function: Callable[..., Any], name: str) -> Callable[..., Any]
         function.__closure__,
     )
     return copied
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

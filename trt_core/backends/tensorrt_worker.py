@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ def describe(request: Request, arch: FluxArchitecture) -> dict[str, Any]:
         "architecture": asdict(arch),
         "dtype": str(request.dtype).removeprefix("torch."),
         "profile": asdict(request.profile),
-        "precision": request.precision.to_dict(),
+        # TensorRT's segments have attention of their own and multiply in FP8, whatever Inductor's may do.
+        "precision": replace(request.precision, fp8_attention=False, wide=False).to_dict(),
     }
     return {**fields, "converters": tensorrt_fp8.source_version()} if request.precision.fp8 else fields
 

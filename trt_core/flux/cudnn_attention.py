@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import first_line
 from ..packages import CUDNN_FRONTEND
 from .fp8 import FP8, FP8_MAX
 
@@ -116,14 +117,10 @@ def why_not(device: torch.device, dim: int) -> str | None:
     try:
         import cudnn
     except (ImportError, OSError, RuntimeError) as error:
-        return f"{CUDNN_FRONTEND} does not start: {_first_line(error)}"
+        return f"{CUDNN_FRONTEND} does not start: {first_line(error)}"
     sample = torch.zeros((1, 64, 1, dim), device=device).to(FP8)
     try:
         attend(sample, sample, sample)
     except (RuntimeError, cudnn.cudnnGraphNotSupportedError) as error:
-        return f"cuDNN refuses it: {_first_line(error)}"
+        return f"cuDNN refuses it: {first_line(error)}"
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -61,7 +61,7 @@ def logit_noise(query_norm: Tensor, key_norm: Tensor) -> Tensor:
 
 def attend_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention in E4M3 of q, k, v [B, L, H, D] in any float dtype to [B, L, H * D] in v's: between segments."""
-    q8, k8 = (x.float().clamp(-FP8_MAX, FP8_MAX).to(FP8).contiguous() for x in (q, k))
+    q8, k8 = (_rounded(x).contiguous() for x in (q, k))
     scale = tensor_scale(v)
     return _attended(q8, k8, quantize_tensor(v, scale).contiguous(), scale, v.dtype).dequantized()
 
@@ -79,7 +79,7 @@ def quantized_qkv(img: QkvStream, txt: QkvStream | None, heads: int) -> tuple[Te
     parts = [_split(stream, heads) for stream in (txt, img) if stream is not None]
     q, k, v = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     scale = tensor_scale(v)
-    return q.clamp(-FP8_MAX, FP8_MAX).to(FP8), k.clamp(-FP8_MAX, FP8_MAX).to(FP8), quantize_tensor(v, scale), scale
+    return _rounded(q), _rounded(k), quantize_tensor(v, scale), scale
 
 
 def _split(stream: QkvStream, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,6 +89,11 @@ def _split(stream: QkvStream, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     pe = (stream.cos, stream.sin)
     q, k = (fused.rms_norm(x.float(), norm.float()) for x, norm in ((q, stream.query_norm), (k, stream.key_norm)))
     return rotate(q, *pe), rotate(k, *pe), v
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """x as E4M3 without a scale; what exceeds 448 becomes 448."""
+    return x.float().clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, dtype: torch.dtype) -> Fp8Activation:
@@ -102,7 +107,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
     rounded = (weights * FP8_MAX).to(FP8).float() / FP8_MAX
     out = (rounded @ v) / weights.sum(-1, keepdim=True)
-    return out.clamp(-FP8_MAX, FP8_MAX).to(FP8).transpose(1, 2).contiguous()
+    return _rounded(out).transpose(1, 2).contiguous()
 
 
 def _defined() -> torch._ops.OpOverload:
