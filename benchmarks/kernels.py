@@ -47,7 +47,7 @@ _PATTERNS = (
     (r"sdpa|fmha|_mha_|flash|attention|attn_fwd|attn_kernel", Kind.ATTENTION),
     # Our Triton kernels. One that also quantizes is counted as what it computes: the row is in registers anyway.
     (r"rope|_queries_keys_", Kind.QK),
-    (r"(gelu|GeluCUDA)", Kind.GELU),
+    (r"^(?!.*(nvjet|gemm)).*gelu", Kind.GELU),  # cuBLAS names a product's epilogue: nvjet_..._gelubias_TNT
     (r"rms_?norm", Kind.QK),  # PyTorch's own, in eager blocks: nothing else in FLUX has an RMS norm
     (r"layer_?norm|modulated_norm|_norm_kernel", Kind.NORM),
     (r"_gate_|_residual_", Kind.GATE),

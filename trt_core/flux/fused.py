@@ -1,13 +1,18 @@
-"""What Inductor fuses badly: Triton kernels inside its code on a GPU, plain PyTorch everywhere else.
+"""What Inductor fuses badly: other kernels inside its code on a GPU, plain PyTorch everywhere else.
 
-Measured on one H200 at 4608 tokens and hidden 3072. q/k norm and RoPE: Inductor's own kernel takes 0.116 ms for q and k
-of a single block and 0.12 ms for those of a double block, where reading and writing them once takes 0.03 ms. Layer norm
-and modulation: 0.046 ms for 0.015. GELU and the join with attention's output: 0.107 ms for 0.055.
+Triton's, measured on one H200 at 4608 tokens and hidden 3072. q/k norm and RoPE: Inductor's own kernel takes 0.116 ms
+for q and k of a single block and 0.12 ms for those of a double block, where reading and writing them once takes 0.03.
+Layer norm and modulation: 0.046 ms for 0.015. GELU and the join with attention's output: 0.107 ms for 0.055.
+
+cuBLAS's, for weights that are not FP8: a product applies the GELU to its sums before it rounds and stores them.
+Measured on an H100, eager bf16: 0.03 ms less for a double block's image at 4096 tokens, and about 0.05 ms less for a
+single block at 4608 tokens, whose linear layers are cut so that nothing has to be joined.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from functools import cache
 from types import ModuleType
 
@@ -77,6 +82,36 @@ def join_gelu(attn: Tensor, mlp: Tensor) -> Tensor:
     return torch.cat((attn, F.gelu(mlp, approximate="tanh")), -1)
 
 
+def has_gelu_epilogue(x: Tensor) -> bool:
+    """Whether `gelu_product` of x is one kernel: inside Inductor's code on a GPU, in 16 bits.
+
+    Not in fp32: how many of its digits cuBLAS's GELU gets right was not measured.
+    """
+    return _use_kernels(x) and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x @ weight^T + bias) [..., N] (tanh form), rounded once where x has the epilogue; x [..., K], weight [N, K].
+
+    PyTorch's `_addmm_activation` leaves all of it to cuBLASLt, also for a weight whose rows are far apart, if bias is a
+    vector and the result is contiguous, and Inductor calls it as it is (2.11: `isInputCompliesAddmmCudaLt` in Blas.cpp,
+    `make_fallback` in lowering.py). Written into a part of longer rows, bias and GELU would be kernels again: that is
+    why the MLP's half is not put beside attention's output for one second product.
+    """
+    if not has_gelu_epilogue(x):
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    out = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return out.unflatten(0, x.shape[:-1])
+
+
+def joined_product(attn: Tensor, mlp: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """attn [..., K] and mlp [..., M] joined, @ weight^T + bias, as the sum of two products; weight [N, K + M].
+
+    The result may be wider than they are: what follows in the same kernel rounds it.
+    """
+    return _JOINED_PRODUCT(attn, mlp, weight, bias)
+
+
 def norm_rope(x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, L, H, D] after RMS norm over D with `scale` [D] and RoPE by cos, sin [L, D / 2], rounded once."""
     if _use_kernels(x) and _kernels is not None:
@@ -107,3 +142,55 @@ def _use_kernels(x: Tensor) -> bool:
     """Only inside Inductor's code: TensorRT's export must see plain operations, and eager is everyone's reference."""
     # Not is_exporting(): Dynamo answers True to that as well.
     return x.is_cuda and torch.compiler.is_dynamo_compiling()
+
+
+def _summed(attn: Tensor, mlp: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """fp32, which Inductor computes from two rounded products in the kernel of gate and residual.
+
+    For parts that do not depend on each other, two roundings without one of their sum add up to the one rounding of a
+    whole product. The parts of `weight` are views: nothing is copied.
+    """
+    width = attn.shape[-1]
+    return F.linear(attn, weight[:, :width], bias).float() + F.linear(mlp, weight[:, width:]).float()
+
+
+def _accumulated(attn: Tensor, mlp: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """In the inputs' dtype, the second product added onto the first one's result in place.
+
+    Attention's part is the first, because it is rounded twice and is the smaller one: a fifth of the columns, and
+    averages of values.
+    """
+    return _ACCUMULATED_PRODUCT(attn, mlp, weight, bias)
+
+
+def _accumulated_product(attn: Tensor, mlp: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    width = attn.shape[-1]
+    out = torch.addmm(bias, attn.flatten(0, -2), weight[:, :width].t())
+    out.addmm_(mlp.flatten(0, -2), weight[:, width:].t())
+    return out.unflatten(0, attn.shape[:-1])
+
+
+def _defined() -> torch._ops.OpOverload:
+    """accumulated_product(attn, mlp, weight, bias): an operator, because Inductor calls `addmm` out of place, and then
+    PyTorch copies the first result before cuBLAS adds onto the copy.
+
+    Defined by hand: what `torch.library.custom_op` puts around each call takes too long (see `fp8_attention`).
+    """
+    signature = "accumulated_product(Tensor attn, Tensor mlp, Tensor weight, Tensor bias) -> Tensor"
+    _LIBRARY.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
+    for device in ("CUDA", "CPU"):
+        _LIBRARY.impl("accumulated_product", _accumulated_product, device)
+    _LIBRARY.impl("accumulated_product", _empty_product, "Meta")
+    return getattr(torch.ops, _NAMESPACE).accumulated_product.default
+
+
+def _empty_product(attn: Tensor, mlp: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return attn.new_empty((*attn.shape[:-1], weight.shape[0]))
+
+
+# A name of its own where the package is imported twice, as a library and as a ComfyUI pack, whose name is a path.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
+_LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
+_ACCUMULATED_PRODUCT = _defined()
+_JOINED_PRODUCT = _summed
+"""How `joined_product` is computed: `_summed` or `_accumulated`."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .fp8_attention import QkvStream, attend_fp8, attend_qkv
-from .fused import joint_norm_rope, norm_rope
+from .fused import gelu_product, has_gelu_epilogue, joined_product, joint_norm_rope, modulated_norm, norm_rope
 from .linear import Activation, Weight, gelu_linear, join_gelu_linear, linear, norm_linear
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -101,11 +101,28 @@ def single_block(attention: AttentionFunction) -> Callable[..., tuple[Tensor]]:
         return _single_block_fp8_attention
 
     def block(x: Tensor, mod: Tensor, cos: Tensor, sin: Tensor, *weights: Weight) -> tuple[Tensor]:
+        if has_gelu_epilogue(x) and all(isinstance(weight, Tensor) for weight in weights):
+            return _cut_single_block(attention, x, mod, cos, sin, *weights)
         q, k, wide = single_qkv_mlp(x, mod, cos, sin, *weights[:4])
         attn = attention(q, k, value_of(wide, q))
         return single_out(x, attn, wide, mod, *weights[4:])
 
     return block
+
+
+def _cut_single_block(
+    attention: AttentionFunction, x: Tensor, mod: Tensor, cos: Tensor, sin: Tensor,
+    linear1: Tensor, linear1_bias: Tensor, query_norm: Tensor, key_norm: Tensor, linear2: Tensor, linear2_bias: Tensor,
+) -> tuple[Tensor]:  # fmt: skip
+    """`single_block` with both linear layers cut between attention and MLP, so that a product applies the GELU."""
+    qkv_width = 3 * x.shape[-1]
+    normed = modulated_norm(x, mod[0], mod[1])
+    qkv = linear(normed, linear1[:qkv_width], linear1_bias[:qkv_width])
+    q, k, v = split_heads(qkv, query_norm.shape[0])
+    attn = attention(norm_rope(q, query_norm, cos, sin), norm_rope(k, key_norm, cos, sin), v)
+    mlp_out = gelu_product(normed, linear1[qkv_width:], linear1_bias[qkv_width:])
+    out = joined_product(attn, mlp_out, linear2, linear2_bias)
+    return (finite((x + gate(mod[2]) * out).to(x.dtype)),)
 
 
 def _double_block_fp8_attention(
@@ -149,6 +166,8 @@ def gate(value: Tensor) -> Tensor:
 
 def mlp(x: Tensor, mod: Tensor, weight_0: Weight, bias_0: Tensor, weight_2: Weight, bias_2: Tensor) -> Tensor:
     """The MLP of a double block's stream, its modulated layer norm included."""
+    if has_gelu_epilogue(x) and isinstance(weight_0, Tensor) and isinstance(weight_2, Tensor):
+        return linear(gelu_product(modulated_norm(x, mod[3], mod[4]), weight_0, bias_0), weight_2, bias_2)
     return gelu_linear(norm_linear(x, mod[3], mod[4], weight_0, bias_0), weight_2, bias_2)
 
 
