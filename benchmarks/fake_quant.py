@@ -15,6 +15,7 @@ from .model import LORA_TARGETS
 
 _E4M3_MAX = 448.0
 _TINY = 1e-12
+_GROUP = 128
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -24,11 +25,19 @@ def rounded(x: Tensor) -> Tensor:
     return (wide / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
 
 
+def integers(weight: Tensor) -> Tensor:
+    """`weight` [N, K] on a grid of 255 numbers for each group of columns, in fp32."""
+    groups = weight.float().unflatten(-1, (-1, _GROUP if weight.shape[-1] % _GROUP == 0 else weight.shape[-1]))
+    step = groups.abs().amax(-1, keepdim=True).clamp(min=_TINY) / 127.0
+    return ((groups / step).round() * step).flatten(-2)
+
+
 @contextmanager
 def fake_quantized(model: nn.Module) -> Iterator[None]:
     """While inside, every linear layer of a block multiplies rounded weights with rounded inputs, in the model's dtype.
 
-    Modulations (`norm...linear`) round their weights alone. Weights are rounded at each call and not changed.
+    Modulations (`norm...linear`) round their weights alone, to integers of eight bits in groups of 128. Weights are
+    rounded at each call and not changed.
     """
     layers = [(name, module) for name, module in model.named_modules() if _is_block_linear(name, module)]
     try:
@@ -46,8 +55,9 @@ def _is_block_linear(name: str, module: nn.Module) -> bool:
 
 def _forward(module: nn.Linear, inputs_too: bool) -> object:
     def forward(x: Tensor) -> Tensor:
-        weight = rounded(module.weight).to(x.dtype)
-        return F.linear(rounded(x).to(x.dtype) if inputs_too else x, weight, module.bias)
+        if not inputs_too:
+            return F.linear(x.float(), integers(module.weight), module.bias.float()).to(x.dtype)
+        return F.linear(rounded(x).to(x.dtype), rounded(module.weight).to(x.dtype), module.bias)
 
     return forward
 

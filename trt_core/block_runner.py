@@ -5,43 +5,44 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .execution import BlockWeights, DoubleBlock, Pe, SingleBlock
-from .flux.stem import modulation
+from .flux.branches import Branches
+from .flux.stem import Modulations
 
 
 class BlockRunner:
-    """The blocks of one module for one call's shapes. Valid until the module is loaded, compiled or closed anew."""
+    """The blocks of one module for one call's shapes. Valid until it is loaded, refitted, compiled or closed."""
 
     def __init__(
         self, double: Sequence[DoubleBlock], single: Sequence[SingleBlock], tensors: Mapping[str, Tensor], hidden: int,
-        double_weights: Sequence[BlockWeights], single_weights: Sequence[BlockWeights],
+        double_weights: Sequence[BlockWeights], single_weights: Sequence[BlockWeights], branches: Branches | None,
     ) -> None:  # fmt: skip
         self._double, self._single, self._tensors, self._hidden = double, single, tensors, hidden
-        self._double_weights, self._single_weights = double_weights, single_weights
+        self._double_weights, self._single_weights, self._branches = double_weights, single_weights, branches
         self._vec: Tensor | None = None
-        self._activated: Tensor | None = None
+        self._modulations: Modulations | None = None
 
     @torch.no_grad()
     def double(
         self, index: int, img: Tensor, txt: Tensor, vec: Tensor, pe: Pe, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Double block `index`: img [B, n_img, hidden], txt [B, n_txt, hidden], vec [B, hidden] to (img, txt)."""
-        img_mod, txt_mod = (self._modulation(f"double_blocks.{index}.{stream}_mod.lin", vec) for stream in _STREAMS)
+        img_mod, txt_mod = (self._modulation(f"double_blocks.{index}.{stream}_mod", vec) for stream in _STREAMS)
         return self._double[index](img, txt, img_mod, txt_mod, pe, self._double_weights[index], mask)
 
     @torch.no_grad()
     def single(self, index: int, x: Tensor, vec: Tensor, pe: Pe, mask: Tensor | None = None) -> Tensor:
         """Single block `index`: x [B, n_txt + n_img, hidden], text first."""
-        mod = self._modulation(f"single_blocks.{index}.modulation.lin", vec)
+        mod = self._modulation(f"single_blocks.{index}.modulation", vec)
         return self._single[index](x, mod, pe, self._single_weights[index], mask)
 
     def _modulation(self, name: str, vec: Tensor) -> Tensor:
-        if self._activated is None or self._vec is not vec:
-            self._vec, self._activated = vec, F.silu(vec)
-        return modulation(self._tensors, name, self._activated, self._hidden)
+        if self._modulations is None or self._vec is not vec:
+            self._vec = vec
+            self._modulations = Modulations(self._tensors, self._hidden, vec, self._branches)
+        return self._modulations(name)
 
 
 _STREAMS = ("img", "txt")

@@ -1,4 +1,4 @@
-"""Bound weights of which some are FP8: their bases stay in full precision, and every refit quantizes from them anew."""
+"""Bound weights of which some are FP8: their bases stay in full precision, and every merge quantizes from them anew."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from .base_storage import GPU_RESERVE_BYTES, BaseSource, spare_gpu_bytes
 from .config import BaseWeights
-from .flux import fp8
+from .flux import fp8, storage
 from .flux.architecture import FluxArchitecture
 from .flux.weights import weight_shapes
-from .fp8_recipe import Fp8Recipe
+from .fp8_recipe import Fp8Recipe, is_modulation
 from .host_slabs import HostSlabs, piece_bytes
 from .lora.changes import Additive, Patch, merged
 from .low_rank_merge import merge_fp8
 from .quantized_weights import QuantizedWeights, scale_name
-from .weights import disjoint
+from .weights import Patches, disjoint
 
 Placed = Callable[[str, Tensor], None]
 """(name, base): where the base of a weight is from now on."""
@@ -34,7 +34,7 @@ class BasePlace:
 
 
 class Fp8Weights(QuantizedWeights):
-    """FP8 matrices with their scales, and everything else as it is.
+    """FP8 matrices with their scales, modulations as int8 (`storage`), and everything else as it is.
 
     Merged = round_fp8(base + delta) with a scale of its own for every row (or matrix): a change of half a percent
     survives, where adding it to an FP8 matrix would lose four fifths of it.
@@ -99,14 +99,16 @@ class Fp8Weights(QuantizedWeights):
     def quantize_again(self, names: Iterable[str]) -> None:
         """Follows bases that somebody else changed in place; a refit does so for those that LoRAs touch."""
         for name in names:
-            if name not in self._applied:
+            if name not in self._merged:
                 self._write(name, ())
 
     def _new(self, name: str, tensor: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """The bound tensors of one FP8 weight, not yet written."""
-        scale_shape = (tensor.shape[0], 1) if self._per_row else (1,)
+        """The bound tensors of one matrix, not yet written."""
+        modulation = is_modulation(name.removesuffix(".weight"))
+        scales = storage.groups(tensor.shape[1]) if modulation else 1
+        scale_shape = (tensor.shape[0], scales) if self._per_row or modulation else (1,)
         return {
-            name: torch.empty(tensor.shape, dtype=fp8.FP8, device=device),
+            name: torch.empty(tensor.shape, dtype=storage.INT8 if modulation else fp8.FP8, device=device),
             scale_name(name): torch.empty(scale_shape, dtype=torch.float32, device=device),
             **self._input_scale(name, device),
         }
@@ -135,11 +137,14 @@ class Fp8Weights(QuantizedWeights):
         except torch.OutOfMemoryError:
             return self._source.read(name, torch.device("cpu"))  # a refit that ran out of memory is rolled back
 
-    def _write(self, name: str, patches: Sequence[tuple[Patch, float]]) -> None:
+    def _write(self, name: str, patches: Patches) -> None:
         if name not in self._originals:
             super()._write(name, patches)
             return
         base = self._original(name).to(self.device, non_blocking=True)
+        if self.tensors[name].dtype is storage.INT8:
+            self._quantize(merged(base, patches) if patches else base, self._bound(name))
+            return
         if patches and self._per_row and merge_fp8(self._bound(name), base, patches):
             return
         if not disjoint(patches):

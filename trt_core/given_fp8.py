@@ -13,9 +13,10 @@ from .config import BaseWeights
 from .errors import UnsupportedModel
 from .flux import fp8
 from .fp8_recipe import Activations, Fp8Config, Fp8Recipe, Granularity
-from .lora.changes import Patch, merged
+from .lora.changes import merged
 from .low_rank_merge import merge_fp8
 from .quantized_weights import QuantizedWeights, scale_name
+from .weights import Patches
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +57,7 @@ class GivenFp8Weights(QuantizedWeights):
         super().__init__(tensors, mode, slabs)
 
     def base(self, name: str) -> Tensor:
-        if name not in self._matrices or name in self._applied:
+        if name not in self._matrices or name in self._merged:
             return super().base(name)
         return fp8.dequantize(*self._bound(name), torch.float32)
 
@@ -77,7 +78,7 @@ class GivenFp8Weights(QuantizedWeights):
         if name in self._matrices:
             super()._give_back(scale_name(name))
 
-    def _write(self, name: str, patches: Sequence[tuple[Patch, float]]) -> None:
+    def _write(self, name: str, patches: Patches) -> None:
         if name not in self._matrices:
             super()._write(name, patches)
         elif patches:

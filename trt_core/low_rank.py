@@ -31,17 +31,36 @@ class Section(NamedTuple):
     terms: tuple[Term, ...]
 
 
+class Span(NamedTuple):
+    """One patch: its `term`, and the rows of the weight that it is added to."""
+
+    start: int
+    stop: int
+    term: Term
+
+
 def low_rank_sections(
     shape: Sequence[int], patches: Sequence[tuple[Patch, float]], device: torch.device
 ) -> list[Section] | None:
     """All rows of a weight of `shape` in order, cut where a patch begins or ends; factors on `device` in their dtypes.
 
-    None where a patch is anything but a low-rank product that fits the weight. What has strength or scale 0 is no term.
-    Copies of factors are on their way, in the order of the device's current stream.
+    None where `low_rank_spans` is None. Copies of factors are on their way, in the order of the current stream.
+    """
+    if (found := low_rank_spans(shape, patches)) is None:
+        return None
+    spans = [span._replace(term=_on(device, span.term)) for span in found]
+    edges = sorted({0, shape[0], *(edge for span in spans for edge in span[:2])})
+    return [Section(start, stop, _terms(spans, start, stop)) for start, stop in itertools.pairwise(edges)]
+
+
+def low_rank_spans(shape: Sequence[int], patches: Sequence[tuple[Patch, float]]) -> list[Span] | None:
+    """What patches add to a weight of `shape`; factors wherever they are.
+
+    None where a patch is anything but a low-rank product that fits the weight. What has strength or scale 0 is no span.
     """
     if len(shape) != 2:
         return None
-    spans: list[tuple[int, int, Term]] = []
+    spans = []
     for patch, strength in patches:
         change, (start, stop) = patch.change, patch.rows or (0, shape[0])
         if strength == 0:
@@ -53,10 +72,13 @@ def low_rank_sections(
         ):
             return None
         if change.scale != 0:
-            up, down = (factor.to(device, non_blocking=True).contiguous() for factor in (change.up, change.down))
-            spans.append((start, stop, Term(up, down, float(strength * change.scale))))
-    edges = sorted({0, shape[0], *(edge for span in spans for edge in span[:2])})
-    return [Section(start, stop, _terms(spans, start, stop)) for start, stop in itertools.pairwise(edges)]
+            spans.append(Span(start, stop, Term(change.up, change.down, float(strength * change.scale))))
+    return spans
+
+
+def _on(device: torch.device, term: Term) -> Term:
+    up, down = (factor.to(device, non_blocking=True).contiguous() for factor in (term.up, term.down))
+    return Term(up, down, term.factor)
 
 
 def _fits(change: LowRank, rows: int, width: int) -> bool:
@@ -67,7 +89,7 @@ def _fits(change: LowRank, rows: int, width: int) -> bool:
     return known and rank > 0 and tuple(up.shape) == (rows, rank) and tuple(down.shape) == (rank, width)
 
 
-def _terms(spans: Sequence[tuple[int, int, Term]], start: int, stop: int) -> tuple[Term, ...]:
+def _terms(spans: Sequence[Span], start: int, stop: int) -> tuple[Term, ...]:
     """Of those spans that cover these rows: their terms, and of each `up` these rows alone."""
     return tuple(
         term if stop - start == last - first else term._replace(up=term.up[start - first : stop - first])

@@ -46,6 +46,7 @@ class MutableTRTModule:
 
     Tensors that were bound are read by address at every call: they must stay where they are until `close`. A size that
     is called for the third time becomes a CUDA graph (`step_graph`), which a `refit` leaves valid: it writes in place.
+    FP8 models begin their graphs again where the ranks of LoRAs on modulations change (`BoundWeights.branches`).
     """
 
     def __init__(
@@ -233,17 +234,18 @@ class MutableTRTModule:
         weights, choices = self.weights, self._compilation.choices
         step = Step(
             self.arch, blocks, weights.tensors, self._double_weights, self._single_weights, weights.dtype,
-            self._scale_first, extras,
+            self._scale_first, extras, weights.branches,
         )  # fmt: skip
         why_not = why_not_graph(
             inputs, extras, weights.device, choices, wanted=self.config.cuda_graph, watched=self._ranges.watching
         )
-        return self._graphs.run(step, inputs, (self._bound, self.builds), choices, why_not)
+        owner = (self._bound, self.builds, weights.branches)
+        return self._graphs.run(step, inputs, owner, choices, why_not)
 
     def runner(self, batch: int, img_tokens: int, txt_tokens: int, masked: bool = False) -> BlockRunner:
         """The blocks one by one for these shapes, compiled now where they are not. Raises as the call does."""
         blocks = self.blocks_for(batch, img_tokens, txt_tokens, masked)
-        bound = (self._double_weights, self._single_weights)
+        bound = (self._double_weights, self._single_weights, self.weights.branches)
         return BlockRunner(blocks.double, blocks.single, self.weights.tensors, self.arch.hidden, *bound)
 
     def reconfigure(self, config: CompileConfig) -> None:

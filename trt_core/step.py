@@ -14,6 +14,7 @@ from .execution import BlockWeights, Pe
 from .extras import Extras
 from .flux import stem
 from .flux.architecture import FluxArchitecture
+from .flux.branches import Branches
 from .flux.rope import rope_cos_sin
 
 
@@ -49,12 +50,13 @@ class Step:
     dtype: torch.dtype
     scale_first: bool
     extras: Extras
+    branches: Branches | None = None
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         """[B, n_img, out_channels]"""
         weights, txt_tokens = self.tensors, inputs.txt.shape[1]
         vec = stem.conditioning(weights, self.arch, inputs.timesteps, inputs.guidance, inputs.y)
-        modulation = stem.Modulations(weights, self.arch, vec)
+        modulation = stem.Modulations(weights, self.arch.hidden, vec, self.branches)
         ids = torch.cat((inputs.txt_ids, inputs.img_ids))
         pe = Pe(*rope_cos_sin(ids, self.arch.axes_dim, self.arch.theta), txt_tokens)
         img = stem.linear(weights, "img_in", inputs.img.to(self.dtype))

@@ -15,6 +15,7 @@ from .background import Stopwatch
 from .base_storage import BaseSource, BaseStorage, HostSlabs
 from .config import BaseWeights
 from .errors import LoraMismatch, OutOfMemory, TRTError
+from .flux.branches import Branches
 from .lora.changes import Additive, Patch, merged
 from .lora.files import Lora
 
@@ -57,6 +58,10 @@ def plan_refit(new: Mapping[str, Hashable], applied: Mapping[str, Hashable]) -> 
     return RefitPlan(merge, restore, tuple(name for name in new if name not in set(merge)))
 
 
+Patches = Sequence[tuple[Patch, float]]
+"""Patches with their strengths, in order."""
+
+
 class BoundWeights:
     """Tensors by BFL name, written in place by `refit` and never moved: engines and graphs keep their addresses."""
 
@@ -68,6 +73,13 @@ class BoundWeights:
         self.device = next(iter(self.tensors.values())).device
         self._bases = BaseStorage(mode, self.device, slabs, source)
         self._applied: dict[str, WeightPatches] = {}
+        self._merged: set[str] = set()
+        """Names whose bound tensor holds something else than its base."""
+
+    @property
+    def branches(self) -> Branches | None:
+        """LoRAs that are applied beside their weights: FP8 models' on modulations."""
+        return None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,12 +88,12 @@ class BoundWeights:
 
     @property
     def touched(self) -> frozenset[str]:
-        """Names that hold something else than their base now."""
+        """Names that LoRAs change now."""
         return frozenset(self._applied)
 
     def base(self, name: str) -> Tensor:
         """The unmerged weight: the kept copy of a touched one, else the bound tensor itself."""
-        return self._kept(name) if name in self._applied else self.tensors[name]
+        return self._kept(name) if name in self._merged else self.tensors[name]
 
     def readable(self, name: str) -> Tensor | None:
         """The weight as it is now in the compute dtype, for code that is not compiled; None for an unknown name."""
@@ -104,13 +116,16 @@ class BoundWeights:
         watch = Stopwatch()
         plan = plan_refit({n: p.signature for n, p in new.items()}, {n: p.signature for n, p in self._applied.items()})
         self._check(new)
-        self._keep([name for name in plan.merge if name not in self._applied])
+        writes = self._writes(plan, new)
+        kept = [name for name, patches in writes.items() if patches and name not in self._merged]
+        self._keep(kept)
         written: list[str] = []
         complete = False
         try:
-            for name in (*plan.restore, *plan.merge):
+            for name, patches in writes.items():
                 written.append(name)
-                self._write(name, new[name].patches if name in new else ())
+                self._write(name, patches)
+            self._apply_beside(new)
             complete = True
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
@@ -120,11 +135,8 @@ class BoundWeights:
             ) from error
         finally:
             if not complete:
-                self._roll_back(plan, written)
-        for name in plan.restore:
-            del self._applied[name]
-            self._give_back(name)
-        self._applied.update({name: new[name] for name in plan.merge})
+                self._roll_back(written, kept)
+        self._note(plan, new, writes)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self._report(plan, watch)
@@ -148,13 +160,37 @@ class BoundWeights:
         if unknown:
             raise LoraMismatch(f"The LoRA changes {unknown[0]}, which this model does not have.")
 
+    def _writes(self, plan: RefitPlan, new: Mapping[str, WeightPatches]) -> dict[str, Patches]:
+        """What to merge into the bound tensors; nothing to merge means the base."""
+        wanted = {name: self._to_merge(name, new[name].patches) for name in plan.merge}
+        writes: dict[str, Patches] = {**dict.fromkeys(plan.restore, ()), **wanted}
+        return {name: patches for name, patches in writes.items() if patches or name in self._merged}
+
+    def _to_merge(self, name: str, patches: Patches) -> Patches:
+        """Those patches that are merged into the bound tensor; the others are applied beside it."""
+        return patches
+
+    def _apply_beside(self, new: Mapping[str, WeightPatches]) -> None:
+        """Applies what is not merged; with what was applied before, it undoes a refit."""
+
+    def _note(self, plan: RefitPlan, new: Mapping[str, WeightPatches], writes: Mapping[str, Patches]) -> None:
+        for name, patches in writes.items():
+            if patches:
+                self._merged.add(name)
+            else:
+                self._merged.discard(name)
+                self._give_back(name)
+        for name in plan.restore:
+            del self._applied[name]
+        self._applied.update({name: new[name] for name in plan.merge})
+
     def _keep(self, names: Sequence[str]) -> None:
         self._bases.keep({name: self.tensors[name] for name in names})
 
     def _kept(self, name: str) -> Tensor:
         return self._bases[name]
 
-    def _write(self, name: str, patches: Sequence[tuple[Patch, float]]) -> None:
+    def _write(self, name: str, patches: Patches) -> None:
         bound = self.tensors[name]
         base = self._kept(name).to(bound.device, non_blocking=True)
         if not patches:
@@ -166,20 +202,19 @@ class BoundWeights:
         else:
             bound.copy_(merged(base, patches))
 
-    def _roll_back(self, plan: RefitPlan, written: Sequence[str]) -> None:
+    def _roll_back(self, written: Sequence[str], kept: Sequence[str]) -> None:
         """Puts what a failed refit has written back; merged in host memory, because the GPU may have just run out."""
         for name in written:
-            before = self._applied.get(name)
-            if before is None:
+            if name not in self._merged:
                 self._put_base(name)
                 continue
-            base = self._kept(name).cpu()
+            before, base = self._applied[name], self._kept(name).cpu()
             self._put(name, merged(base, [(patch.to("cpu"), strength) for patch, strength in before.patches]))
             # Another device may round otherwise: the next refit merges it anew, to the bits of a fresh one.
             self._applied[name] = WeightPatches(object(), before.patches)
-        for name in plan.merge:
-            if name not in self._applied:
-                self._give_back(name)
+        self._apply_beside(self._applied)
+        for name in kept:
+            self._give_back(name)
 
     def _give_back(self, name: str) -> None:
         self._bases.give_back(name)

@@ -10,9 +10,9 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...trt_core.flux import fp8
+from ...trt_core.flux import fp8, storage
 from ...trt_core.flux.weights import weight_shapes
-from ...trt_core.fp8_recipe import Activations, Fp8Recipe, Granularity, kinds_of, left_in_bf16
+from ...trt_core.fp8_recipe import Activations, Fp8Config, Fp8Recipe, Granularity, is_modulation, kinds_of, left_in_bf16
 from ...trt_core.host import Progress, stop_if_cancelled
 from . import weights
 from .quantize_calibration import Seen
@@ -106,15 +106,22 @@ def measured(patcher: Any, recipe: Fp8Recipe, seen: Seen | None, progress: Progr
 def _measure(layer: str, weight: Tensor, seen: Seen | None, found: Measured) -> None:
     config = found.recipe.config
     single = fp8.merge_quantize(weight, None, 1.0, per_row=False)
-    asked = single if config.granularity is Granularity.TENSOR else fp8.merge_quantize(weight, None, 1.0)
+    asked = _asked(layer, weight, single, config)
     found.own_format.add(layer, fp8.dequantize(*single, torch.float32), weight)
-    found.weights.add(layer, fp8.dequantize(*asked, torch.float32), weight)
+    found.weights.add(layer, storage.dequantize(*asked, torch.float32), weight)
     if seen is not None and layer in seen.samples:
         inputs = seen.samples[layer].to(weight.device, weight.dtype)
         static = config.activations is Activations.STATIC
         scale = torch.full((1,), found.recipe.input_scale(layer), device=weight.device) if static else None
         outputs = fp8.scaled_linear(*fp8.quantize(inputs, scale), *asked, None, torch.float32)
         found.outputs.add(layer, outputs, inputs.float() @ weight.float().t())
+
+
+def _asked(layer: str, weight: Tensor, single: tuple[Tensor, Tensor], config: Fp8Config) -> tuple[Tensor, Tensor]:
+    """What TRT Compile Transformer binds of this layer."""
+    if is_modulation(layer):
+        return storage.quantize(weight)
+    return single if config.granularity is Granularity.TENSOR else fp8.merge_quantize(weight, None, 1.0)
 
 
 def _sizes(patcher: Any, keys: dict[str, str], recipe: Fp8Recipe) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trt_core.backends.check import relative_l2
-from trt_core.flux import fp8, fused
+from trt_core.flux import fp8, fused, storage
 
 pytest.importorskip("triton")
 DEVICE = "cuda"
@@ -160,16 +161,44 @@ def test_merge_rounds_every_e4m3_tie_to_even(weights: ModuleType) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("outputs", "width"), [(37, 40), (96, 3072), (16, 15360)])
-def test_weight_only_linear(weights: ModuleType, batch: int, dtype: torch.dtype, outputs: int, width: int) -> None:
+@pytest.mark.parametrize(("outputs", "width"), [(37, 40), (96, 3072), (16, 15360), (24, 640)])
+@pytest.mark.parametrize("kind", ["int8", "row", "tensor", "plain"])
+def test_rows_linear(
+    weights: ModuleType, batch: int, dtype: torch.dtype, outputs: int, width: int, kind: str
+) -> None:  # fmt: skip
     x, bias = normal(batch, width, dtype=dtype), normal(outputs, dtype=dtype, seed=1)
-    for per_row in (True, False):
-        weight, scale = fp8.merge_quantize(normal(outputs, width, seed=2), None, 1.0, per_row=per_row)
-        for b in (bias, None):
-            seen = weights.weight_only_linear(x, weight, scale, b)
-            expected = F.linear(x.double(), weight.double() * scale, None if b is None else b.double())
-            assert seen.dtype is dtype
-            assert relative_l2(seen, expected) < torch.finfo(dtype).eps * 0.5 + 1e-6
+    weight, scale = stored(kind, normal(outputs, width, dtype=dtype, seed=2))
+    wide = weight if scale is None else storage.dequantize(weight, scale, torch.float64)
+    # A view, as one layer's part of all layers' projections is.
+    added = storage.LowRank(normal(outputs, 19, dtype=dtype, seed=3), normal(batch, 40, seed=4)[:, 3:22])
+    for b, low_rank in itertools.product((bias, None), (added, None)):
+        seen = weights.rows_linear(x, weight, scale, b, low_rank)
+        expected = F.linear(x.double(), wide.double(), None if b is None else b.double())
+        if low_rank is not None:
+            expected += F.linear(low_rank.projected.double(), low_rank.up.double())
+        assert seen.dtype is dtype
+        assert relative_l2(seen, expected) < torch.finfo(dtype).eps * 0.5 + 1e-6
+
+
+def stored(kind: str, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    if kind == "plain":
+        return weight, None
+    return storage.quantize(weight) if kind == "int8" else fp8.merge_quantize(weight, None, 1.0, per_row=kind == "row")
+
+
+def test_a_projections_sums_do_not_depend_on_other_rows(weights: ModuleType) -> None:
+    """A to B has the bits of a fresh B, whatever else B's LoRAs are projected beside."""
+    x, down = normal(2, 3072, dtype=torch.bfloat16), normal(40, 3072, seed=1)
+    whole = weights.rows_linear(x, down, None, None, None, torch.float32)
+    part = weights.rows_linear(x, down[3:19], None, None, None, torch.float32)
+    assert torch.equal(whole[:, 3:19], part)
+    assert relative_l2(whole, x.double() @ down.double().T) < 1e-6
+
+
+def test_integers_on_the_gpu_have_the_bits_of_the_cpu() -> None:
+    value = normal(65, 3072, dtype=torch.bfloat16)
+    for seen, expected in zip(storage.quantize(value), storage.quantize(value.cpu()), strict=True):
+        assert torch.equal(seen.cpu(), expected)
 
 
 class TestOnTheGpu:
@@ -237,9 +266,11 @@ class TestOnTheGpu:
 
     def test_eager_weight_calls_use_the_kernels(self) -> None:
         base, x = normal(64, 256, dtype=torch.bfloat16), normal(1, 256, dtype=torch.bfloat16)
-        weight = fp8.merge_quantize(base, None, 1.0)
+        fp8.merge_quantize(base, None, 1.0)
         assert "_merge_kernel" in kernel_names(lambda: fp8.merge_quantize(base, None, 1.0))
-        assert "_weight_only_kernel" in kernel_names(lambda: fp8.weight_only_linear(x, *weight, None))
+        for kind in ("int8", "row", "plain"):
+            assert "_row_sums_kernel" in kernel_names(lambda kind=kind: storage.linear(x, *stored(kind, base), None))
+        assert "_row_sums_kernel" in kernel_names(lambda: storage.project(x, base.float()))
 
 
 def kernel_names(function: Callable[[], object]) -> str:

@@ -77,12 +77,25 @@ def one(name: str, change: Change, strength: float = 1.0, mark: object = "one") 
 
 
 def copied(weights: BoundWeights) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in weights.tensors.items()}
+    """All that a call reads; what is added to the product of a weight that is not merged has its name + ".beside"."""
+    return {name: tensor.clone() for name, tensor in weights.tensors.items()} | _beside(weights)
 
 
 def differing(weights: BoundWeights, expected: Mapping[str, Tensor]) -> list[str]:
     """Names whose bits differ from the expected ones."""
-    return [name for name, tensor in weights.tensors.items() if not torch.equal(tensor, expected[name])]
+    now = {**weights.tensors, **_beside(weights)}
+    return [name for name, tensor in now.items() if not torch.equal(tensor, expected[name])]
+
+
+def _beside(weights: BoundWeights) -> dict[str, Tensor]:
+    found = {}
+    for name in weights.tensors:
+        layer = name.removesuffix(".weight")
+        if not layer.endswith(("_mod.lin", "modulation.lin")) or f"{layer}.weight_scale" not in weights.tensors:
+            continue
+        delta = None if weights.branches is None else weights.branches.delta(layer)
+        found[f"{layer}.beside"] = torch.zeros(weights.tensors[name].shape) if delta is None else delta
+    return found
 
 
 def versions(weights: BoundWeights) -> dict[str, int]:

@@ -12,8 +12,8 @@ from diffusers import FluxTransformer2DModel
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from tests.unit.bound_weights import DOUBLE_NAMES, SINGLE_NAMES, base_weights, random_lora
-from tests.unit.fp8_simulation import E4M3, Scheme, compiled_fp8, fused_modules, round_fp8
+from tests.unit.bound_weights import DOUBLE_NAMES, SINGLE_NAMES, base_weights, copied, random_lora
+from tests.unit.fp8_simulation import Scheme, compiled_fp8, fused_modules, is_modulation, round_weight
 from tests.unit.tiny_flux import call_inputs, run_diffusers, shapes_of, tiny_transformer
 from trt_core.config import BaseWeights
 from trt_core.flux.architecture import FluxArchitecture
@@ -67,7 +67,8 @@ def output(model: FluxTransformer2DModel) -> Tensor:
 
 
 def bound_tensors(model: Any) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model._trt_state.module.weights.tensors.items()}
+    """All that a call reads, with what is added to each modulation under its name + ".beside"."""
+    return copied(model._trt_state.module.weights)
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -76,7 +77,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def changed(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
     found = {name for name in one if not torch.equal(one[name].float(), other[name].float())}
-    return {name.removesuffix(".weight_scale").removesuffix(".weight") for name in found}
+    return {name.removesuffix(".weight_scale").removesuffix(".weight").removesuffix(".beside") for name in found}
 
 
 def merged(layer: nn.Module, adapters: dict[str, float]) -> Tensor:
@@ -90,12 +91,19 @@ def merged(layer: nn.Module, adapters: dict[str, float]) -> Tensor:
 
 
 def is_merged(model: FluxTransformer2DModel, adapters: dict[str, float], per_row: bool) -> bool:
-    """Whether every bound weight is its base plus these adapters, rounded once with a fresh scale, bit for bit."""
+    """Whether every bound weight is its base plus these adapters, rounded once with a fresh scale, bit for bit, and
+    every modulation its base, with the adapters beside it."""
     tensors = bound_tensors(model)
     for name, layers in fused_modules(model).items():
-        q, scale = round_fp8(torch.cat([merged(layer, adapters) for layer in layers]), per_row)
+        whole = torch.cat([merged(layer, adapters) for layer in layers])
+        if is_modulation(name):
+            base = torch.cat([merged(layer, {}) for layer in layers])
+            if not torch.allclose(tensors[f"{name}.beside"], whole - base, rtol=0.02, atol=1e-6):
+                return False
+            whole = base
+        q, scale = round_weight(name, whole, per_row)
         seen = tensors[f"{name}.weight"]
-        if seen.dtype is not E4M3 or not torch.equal(seen.float(), q.float()):
+        if seen.dtype is not q.dtype or not torch.equal(seen.float(), q.float()):
             return False
         if not torch.equal(tensors[f"{name}.weight_scale"], scale):
             return False

@@ -62,8 +62,8 @@ def lora_gain(
 def rounded_bases(model: FluxTransformer2DModel, per_row: bool) -> FluxTransformer2DModel:
     """A copy whose weights are FP8 numbers already, as after a loader that quantizes first."""
     copied = copy.deepcopy(model)
-    for layers in fused_layers(copied).values():
-        fused = dequantized(torch.cat([layer.weight.detach().float() for layer in layers]), per_row)
+    for name, layers in fused_layers(copied).items():
+        fused = dequantized(name, torch.cat([layer.weight.detach().float() for layer in layers]), per_row)
         for layer, rows in zip(layers, fused.split([layer.out_features for layer in layers]), strict=True):
             layer.weight.data = rows.to(layer.weight.dtype).clone()
     return copied

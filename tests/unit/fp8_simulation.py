@@ -1,7 +1,8 @@
 """FP8 as a simulation in fp32 through diffusers' own modules, written from the recipe's definition alone.
 
-Weights become what E4M3 and their scales can hold; the inputs of all layers but modulations are rounded to E4M3 just
-before the product. Nothing of this package computes here, so that its segments have something independent to equal.
+Weights become what E4M3 and their scales can hold, modulations what integers of eight bits can; the inputs of all other
+layers are rounded to E4M3 just before the product. Nothing of this package computes here, so that its segments have
+something independent to equal.
 """
 
 from __future__ import annotations
@@ -94,9 +95,31 @@ def round_fp8(merged: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
     return (merged / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
 
 
-def dequantized(matrix: Tensor, per_row: bool) -> Tensor:
-    q, scale = round_fp8(matrix, per_row)
-    return q.float() * scale
+def is_modulation(name: str) -> bool:
+    return name.removesuffix(".weight").endswith(("_mod.lin", "modulation.lin"))
+
+
+def round_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers and fp32 scales [rows, groups of 128 columns] of an fp32 matrix; one scale a row of another width."""
+    _rows, width = matrix.shape
+    parts = matrix.split(128, 1) if width % 128 == 0 else [matrix]
+    scales = torch.cat([part.abs().amax(1, keepdim=True) / 127 for part in parts], 1)
+    rounded = [(part / scales[:, i : i + 1]).round() for i, part in enumerate(parts)]
+    return torch.cat(rounded, 1).to(torch.int8), scales
+
+
+def round_weight(name: str, matrix: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
+    """What the layer's bound matrix and its scales are for this fp32 matrix."""
+    return round_int8(matrix) if is_modulation(name) else round_fp8(matrix, per_row)
+
+
+def dequantized(name: str, matrix: Tensor, per_row: bool) -> Tensor:
+    return widened(*round_weight(name, matrix, per_row))
+
+
+def widened(q: Tensor, scale: Tensor) -> Tensor:
+    """What a bound matrix and its scales stand for, in fp32."""
+    return q.float() * (scale if scale.ndim == 1 else scale.repeat_interleave(q.shape[1] // scale.shape[1], 1))
 
 
 @dataclass(frozen=True)
@@ -125,16 +148,24 @@ class Scheme:
         return torch.tensor(self.input_amax[name] * self.headroom / LARGEST, device=x.device)
 
 
-def simulation(model: FluxTransformer2DModel, scheme: Scheme) -> FluxTransformer2DModel:
-    """An fp32 copy of the model whose block layers compute what FP8 can hold of weights and inputs."""
+def simulation(
+    model: FluxTransformer2DModel, scheme: Scheme, base: FluxTransformer2DModel | None = None
+) -> FluxTransformer2DModel:
+    """An fp32 copy of the model whose block layers compute what FP8 can hold of weights and inputs.
+
+    `base`: the same model without its LoRAs, which are then beside the rounded weights of modulations, not in them.
+    """
     copied = copy.deepcopy(model).float()
+    bases = fused_layers(copied if base is None else base)
     for name, layers in fused_layers(copied).items():
         if name in scheme.excluded:
             continue
-        modulation = name.endswith(("_mod.lin", "modulation.lin"))
+        modulation = is_modulation(name)
         if modulation and not scheme.quantized_modulations:
             continue
-        fused = dequantized(torch.cat([layer.weight.detach() for layer in layers]), scheme.per_row)
+        whole = torch.cat([layer.weight.detach() for layer in layers])
+        rounded = torch.cat([layer.weight.detach().float() for layer in bases[name]]) if modulation else whole
+        fused = dequantized(name, rounded, scheme.per_row) + (whole - rounded)
         for layer, rows in zip(layers, fused.split([layer.out_features for layer in layers]), strict=True):
             layer.weight.data = rows.clone()
             if not modulation:

@@ -237,16 +237,3 @@ def test_merging_nothing_equals_quantizing_the_base() -> None:
 def test_dequantize_rounds_once() -> None:
     weight, scale = fp8.merge_quantize(normal(8, 32, seed=12), None, 1.0)
     assert torch.equal(fp8.dequantize(weight, scale, torch.bfloat16), (weight.double() * scale).to(torch.bfloat16))
-
-
-@pytest.mark.parametrize("batch", [1, 2, 9])
-@pytest.mark.parametrize("per_row", [True, False])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_weight_only_linear(batch: int, per_row: bool, with_bias: bool) -> None:
-    x = normal(batch, 40, dtype=torch.bfloat16, seed=13)
-    bias = normal(24, dtype=torch.bfloat16, seed=14) if with_bias else None
-    weight, scale = fp8.merge_quantize(normal(24, 40, seed=15), None, 1.0, per_row=per_row)
-    expected = x.double() @ (weight.double() * scale).T + (0 if bias is None else bias.double())
-    seen = fp8.weight_only_linear(x, weight, scale, bias)
-    assert seen.dtype is torch.bfloat16
-    assert ratio(seen, expected) < 2**-8

@@ -20,7 +20,9 @@ from tests.unit.fp8_simulation import (
     dequantized,
     fused_layers,
     fused_modules,
+    is_modulation,
     simulation,
+    widened,
 )
 from tests.unit.tiny_flux import call_inputs, run_diffusers, tiny_transformer
 from trt_core.backends.check import relative_l2
@@ -83,7 +85,7 @@ def test_output_is_that_of_the_merged_model_in_fp8(tmp_path: Path) -> None:
     add(plain, "a", lora(*BLOCK_LINEARS))
     plain.fuse_lora()
     plain.unload_lora()
-    expected = simulation(plain, Scheme())
+    expected = simulation(plain, Scheme(), tiny_transformer())
     inputs = call_inputs(plain)
     assert relative_l2(run_diffusers(model, inputs), run_diffusers(expected, inputs)) <= EQUAL
     assert relative_l2(run_diffusers(tiny_transformer(), inputs), run_diffusers(expected, inputs)) > 0.01
@@ -133,6 +135,8 @@ KINDS: dict[str, Callable[[], PeftConfig]] = {
     "rank-stabilised": lambda: lora(*BLOCK_LINEARS, use_rslora=True),
     "bias": lambda: lora(*BLOCK_LINEARS, lora_bias=True),
 }
+BESIDE = ("rank-stabilised", "bias")
+"""Those that are low-rank products, which are added to modulations and not merged into them."""
 
 
 @GRANULARITIES
@@ -152,8 +156,12 @@ def test_other_kinds_are_what_peft_merges(kind: str, per_row: bool, tmp_path: Pa
             layer.merge()
         weights, biases = zip(*((layer.base_layer.weight, layer.base_layer.bias) for layer in layers), strict=True)
         fused = torch.cat([weight.detach() for weight in weights])
-        seen = tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"]
-        assert float((seen - dequantized(fused, per_row)).norm() / fused.norm()) < 2e-3, name
+        seen, expected = widened(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]), fused
+        if is_modulation(name) and kind in BESIDE:
+            before = torch.cat([layer.weight.detach() for layer in fused_layers(tiny_transformer())[name]])
+            assert float((tensors[f"{name}.beside"] - (fused - before)).norm() / (fused - before).norm()) < 1e-2, name
+            expected = before
+        assert float((seen - dequantized(name, expected, per_row)).norm() / fused.norm()) < 2e-3, name
         assert torch.allclose(tensors[f"{name}.bias"], torch.cat(biases).detach(), rtol=1e-5, atol=1e-5)
     assert changed(tensors, base) >= set(fused_layers(model))
     assert model.trt_report().eager_blocks == {}

@@ -34,9 +34,10 @@ def test_the_gain_of_a_small_lora_is_one(size: float, loras: int, per_row: bool,
     assert 0.97 <= gain(tmp_path, size, loras, per_row=per_row) <= 1.03
 
 
-@pytest.mark.parametrize(("size", "most"), [(0.005, 0.45), (0.01, 0.7)])
+@pytest.mark.parametrize(("size", "most"), [(0.005, 0.65), (0.01, 0.8)])
 def test_merging_into_the_rounded_weight_would_lose_it(size: float, most: float, tmp_path: Path) -> None:
-    """Mutation: bases that are FP8 already are what everyone merges into who quantizes first."""
+    """Mutation: bases that are FP8 already are what everyone merges into who quantizes first. What the LoRA does to
+    modulations arrives all the same, beside them."""
     assert gain(tmp_path, size, 3, rounded_first=True) < most
 
 

@@ -31,7 +31,7 @@ from tests.unit.fp8_bound import (
     recipe,
     scale_of,
 )
-from tests.unit.fp8_simulation import E4M3, round_fp8
+from tests.unit.fp8_simulation import E4M3, is_modulation, round_weight
 from trt_core.block_precisions import BlockPrecisions
 from trt_core.config import BaseWeights, CompileConfig
 from trt_core.errors import UnsupportedModel
@@ -56,9 +56,9 @@ def expected_merge(name: str, loras: tuple[tuple[Lora, float], ...], dtype: torc
 
 
 def is_rounded(weights: Fp8Weights, name: str, merged: Tensor, per_row: bool) -> bool:
-    q, scale = round_fp8(merged, per_row)
+    q, scale = round_weight(name, merged, per_row)
     seen = weights.tensors[name]
-    assert seen.dtype is E4M3
+    assert seen.dtype is q.dtype
     return torch.equal(seen.float(), q.float()) and torch.equal(weights.tensors[scale_of(name)], scale)
 
 
@@ -138,8 +138,14 @@ def test_merged_is_base_plus_patches_rounded_once(
     weights.refit(stack(*loras))
     touched = {name for lora, _ in loras for name in lora.patches}
     for name in touched:
-        assert is_rounded(weights, name, expected_merge(name, loras, dtype), per_row), name
-    changed = {name.replace("weight_scale", "weight") for name in differing(weights, before)}
+        whole, base = expected_merge(name, loras, dtype), base_weights(dtype)[name].float()
+        assert is_rounded(weights, name, base if is_modulation(name) else whole, per_row), name
+        if is_modulation(name):
+            beside = copied(weights)[name.replace(".weight", ".beside")]
+            assert torch.allclose(beside, whole - base, rtol=1e-3, atol=1e-5), name
+    changed = {
+        name.replace("weight_scale", "weight").replace("beside", "weight") for name in differing(weights, before)
+    }
     assert changed <= touched, "a weight that no LoRA touches was written"
     assert (changed == touched) is any(strength for _, strength in loras)
     weights.restore()

@@ -123,19 +123,6 @@ def merge_quantize(
     return weight, scale
 
 
-def weight_only_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ (weight * weight_scale).T + bias as [B, N] in x's dtype, summed in fp32, rounded once.
-
-    x [B, K], weight [N, K] E4M3, weight_scale fp32 [N, 1] or [1], bias [N] or None. For eager calls with few rows, such
-    as modulations: on a GPU, up to 8 rows are one Triton kernel that reads the E4M3 weight once.
-    """
-    kernels = fused.weight_kernels(weight)
-    if kernels is not None and x.shape[0] <= kernels.MAX_BATCH:
-        return kernels.weight_only_linear(x, weight, weight_scale, bias)
-    wide_bias = None if bias is None else bias.float()
-    return F.linear(x.float(), dequantize(weight, weight_scale, torch.float32), wide_bias).to(x.dtype)
-
-
 def _scale(amax: Tensor) -> Tensor:
     amax = amax.float().clamp(min=AMAX_FLOOR)
     # A GPU divides by a Python number as a product with its reciprocal, which is not the same bits.

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fp8
+from . import storage
 from .architecture import FluxArchitecture
+from .branches import Branches
 from .fused import modulated_norm
 from .precision import SCALE
 from .weights import SWAPPED_HALVES
@@ -19,9 +20,8 @@ Weights = Mapping[str, Tensor]
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
-    """The layer's product; one stored in FP8 (modulations) is read as such and multiplied in the inputs' dtype."""
-    weight, bias, scale = weights[f"{name}.weight"], weights[f"{name}.bias"], weights.get(f"{name}.{SCALE}")
-    return F.linear(x, weight, bias) if scale is None else fp8.weight_only_linear(x, weight, scale, bias)
+    """The layer's product."""
+    return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
 
 
 def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10000.0) -> Tensor:
@@ -49,16 +49,6 @@ def conditioning(
     return vec + _embed(weights, "vector_in", y.to(dtype))
 
 
-def modulation(weights: Weights, name: str, activated_vec: Tensor, hidden: int) -> Tensor:
-    """[n, B, hidden]: the shifts, scales and gates that linear layer `name` makes of silu(vec) [B, hidden]."""
-    out = linear(weights, name, activated_vec)
-    if out.shape[0] == 1:
-        # Not transpose().contiguous(): a batch of 1 counts as contiguous with any stride, and compiled segments are
-        # specialised on strides.
-        return out.view(-1, 1, hidden)
-    return out.unflatten(-1, (-1, hidden)).transpose(0, 1).contiguous()
-
-
 class Modulations:
     """The modulations of one step, by layer name ("double_blocks.0.img_mod", "single_blocks.0.modulation").
 
@@ -66,11 +56,25 @@ class Modulations:
     small products (a step in FP8 took 87 ms that way, its kernels 80), and now they are started while blocks run.
     """
 
-    def __init__(self, weights: Weights, arch: FluxArchitecture, vec: Tensor) -> None:
-        self._weights, self._hidden, self._activated = weights, arch.hidden, F.silu(vec)
+    def __init__(self, weights: Weights, hidden: int, vec: Tensor, branches: Branches | None = None) -> None:
+        self._weights, self._hidden, self._activated, self._branches = weights, hidden, F.silu(vec), branches
+        self._projected = None if branches is None else branches.project(self._activated)
 
     def __call__(self, name: str) -> Tensor:
-        return modulation(self._weights, f"{name}.lin", self._activated, self._hidden)
+        """[n, B, hidden]: the shifts, scales and gates that the block's linear layer makes of silu(vec) [B, hidden]."""
+        out = self._product(f"{name}.lin")
+        if out.shape[0] == 1:
+            # Not transpose().contiguous(): a batch of 1 counts as contiguous with any stride, and compiled segments are
+            # specialised on strides.
+            return out.view(-1, 1, self._hidden)
+        return out.unflatten(-1, (-1, self._hidden)).transpose(0, 1).contiguous()
+
+    def _product(self, layer: str) -> Tensor:
+        added = None
+        if self._branches is not None and self._projected is not None:
+            added = self._branches.of(layer, self._projected)
+        weight, bias = self._weights[f"{layer}.weight"], self._weights[f"{layer}.bias"]
+        return storage.linear(self._activated, weight, self._weights.get(f"{layer}.{SCALE}"), bias, added)
 
 
 def final_layer(weights: Weights, img: Tensor, vec: Tensor, scale_first: bool) -> Tensor:

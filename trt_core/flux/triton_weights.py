@@ -1,4 +1,7 @@
-"""Triton kernels that read or write FP8 weights outside compiled code, called eagerly. `fp8` holds the references."""
+"""Triton kernels that read or write weights outside compiled code, called eagerly.
+
+`fp8` and `storage` hold the references.
+"""
 # ruff: noqa: N803 - Triton writes compile-time constants in capitals.
 
 from __future__ import annotations
@@ -8,12 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .storage import GROUP, LowRank
 from .triton_rows import amax_bits, clamped, scale_from_bits
 
 MAX_BATCH = 8
 _ROWS_BLOCK = 8
 _WIDTH_BLOCK = 512
 """512 bytes of a row are 16 for each thread of a warp: a row's sum stays inside one warp."""
+_RANK_BLOCK = 16
 
 
 @triton.jit
@@ -36,30 +41,53 @@ def _merge_kernel(
 
 
 @triton.jit
-def _weight_only_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, rows, x_stride, weight_stride, scale_stride,
-    BATCH: tl.constexpr, BATCH_BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+def _row_sums_kernel(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, up_ptr, projected_ptr, out_ptr, rows, rank,
+    x_stride, weight_stride, scale_stride, up_stride, projected_stride,
+    BATCH: tl.constexpr, BATCH_BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS_BLOCK: tl.constexpr,
+    GROUPS_BLOCK: tl.constexpr, GROUP: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LOW_RANK: tl.constexpr,
 ):  # fmt: skip
-    """One program is ROWS_BLOCK outputs of every batch item: the weights are read once, sums are fp32."""
+    """One program is ROWS_BLOCK outputs of every batch item: the weights are read once, sums are fp32.
+
+    A block of a row is GROUPS_BLOCK groups of GROUP columns. SCALES: 0 none, 1 one per row (or one), 2 one per group.
+    """
     row = tl.program_id(0) * ROWS_BLOCK + tl.arange(0, ROWS_BLOCK)
     present = row < rows
     item = tl.arange(0, BATCH_BLOCK)
     total = tl.zeros((ROWS_BLOCK, BATCH_BLOCK), dtype=tl.float32)
-    column = tl.arange(0, WIDTH_BLOCK)
-    places = weight_ptr + row.to(tl.int64)[:, None] * weight_stride + column[None, :]
-    following = tl.load(places, mask=present[:, None] & (column < WIDTH)[None, :], other=0.0)
-    for start in tl.static_range(0, WIDTH, WIDTH_BLOCK):
+    group = tl.arange(0, GROUPS_BLOCK)
+    column = (group[:, None] * GROUP + tl.arange(0, GROUP)[None, :])[None, :, :]
+    places = weight_ptr + row.to(tl.int64)[:, None, None] * weight_stride + column
+    following = tl.load(places, mask=present[:, None, None] & (column < WIDTH), other=0.0)
+    for start in tl.static_range(0, WIDTH, GROUPS_BLOCK * GROUP):
         weight, inside = following, start + column < WIDTH
-        if start + WIDTH_BLOCK < WIDTH:
+        if start + GROUPS_BLOCK * GROUP < WIDTH:
             # Asked for before this block is summed, so that memory has work meanwhile.
-            mask = present[:, None] & (start + WIDTH_BLOCK + column < WIDTH)[None, :]
-            following = tl.load(places + (start + WIDTH_BLOCK), mask=mask, other=0.0)
+            next_start: tl.constexpr = start + GROUPS_BLOCK * GROUP
+            mask = present[:, None, None] & (next_start + column < WIDTH)
+            following = tl.load(places + next_start, mask=mask, other=0.0)
+        if SCALES == 2:
+            wanted = present[:, None] & (start + group * GROUP < WIDTH)[None, :]
+            scales = scale_ptr + row.to(tl.int64)[:, None] * scale_stride + (start // GROUP + group)[None, :]
+            scale = tl.load(scales, mask=wanted, other=0.0)
         for index in tl.static_range(BATCH):
             x = tl.load(x_ptr + index * x_stride + start + column, mask=inside, other=0.0).to(tl.float32)
-            part = tl.sum(weight.to(tl.float32) * x[None, :], axis=1)
+            sums = tl.sum(weight.to(tl.float32) * x, axis=2)
+            part = tl.sum(sums * scale if SCALES == 2 else sums, axis=1)
             total += tl.where(item[None, :] == index, part[:, None], 0.0)
-    total = total * tl.load(scale_ptr + row * scale_stride, mask=present, other=0.0)[:, None]
+    if SCALES == 1:
+        total = total * tl.load(scale_ptr + row * scale_stride, mask=present, other=0.0)[:, None]
+    if HAS_LOW_RANK:
+        # In blocks of one size: a sum does not depend on how many ranks other LoRAs have.
+        for first in range(0, rank, RANK_BLOCK):
+            place = first + tl.arange(0, RANK_BLOCK)
+            ups = up_ptr + row.to(tl.int64)[:, None] * up_stride + place[None, :]
+            up = tl.load(ups, mask=present[:, None] & (place < rank)[None, :], other=0.0).to(tl.float32)
+            for index in tl.static_range(BATCH):
+                h = tl.load(projected_ptr + index * projected_stride + place, mask=place < rank, other=0.0)
+                part = tl.sum(up * h[None, :], axis=1)
+                total += tl.where(item[None, :] == index, part[:, None], 0.0)
     if HAS_BIAS:
         total += tl.load(bias_ptr + row, mask=present, other=0.0).to(tl.float32)[:, None]
     out = out_ptr + item[None, :].to(tl.int64) * rows + row[:, None]
@@ -84,17 +112,24 @@ def merge_quantize_rows(base: Tensor, delta: Tensor | None, factor: float, weigh
         )  # fmt: skip
 
 
-def weight_only_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """[B, N] in x's dtype: x [B, K], B up to MAX_BATCH, times `weight` [N, K] (E4M3), its scale [N, 1] or [1]."""
+def rows_linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, added: LowRank | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """`storage.linear` as [B, N] in `dtype` (x's own): x [B, K], B up to MAX_BATCH, times `weight` [N, K]."""
     (batch, width), rows = x.shape, weight.shape[0]
-    x = _rows(x)
-    out = torch.empty((batch, rows), dtype=x.dtype, device=x.device)
+    x, weight = _rows(x), _rows(weight)
+    out = torch.empty((batch, rows), dtype=dtype or x.dtype, device=x.device)
+    up, projected = (weight, weight) if added is None else (_rows(added.up), _rows(added.projected))
     with torch.cuda.device_of(x):
-        _weight_only_kernel[(triton.cdiv(rows, _ROWS_BLOCK),)](
-            x, weight, weight_scale, weight_scale if bias is None else bias, out,
-            rows, x.stride(0), weight.stride(0), weight_scale.stride(0) if weight_scale.numel() > 1 else 0,
-            BATCH=batch, BATCH_BLOCK=triton.next_power_of_2(batch), WIDTH=width,
-            ROWS_BLOCK=_ROWS_BLOCK, WIDTH_BLOCK=_WIDTH_BLOCK, HAS_BIAS=bias is not None, num_warps=4,
+        _row_sums_kernel[(triton.cdiv(rows, _ROWS_BLOCK),)](
+            x, weight, weight if scale is None else scale, weight if bias is None else bias, up, projected, out,
+            rows, 0 if added is None else up.shape[1], x.stride(0), weight.stride(0),
+            0 if scale is None or scale.numel() == 1 else scale.stride(0), up.stride(0), projected.stride(0),
+            BATCH=batch, BATCH_BLOCK=triton.next_power_of_2(batch), WIDTH=width, ROWS_BLOCK=_ROWS_BLOCK,
+            GROUPS_BLOCK=_WIDTH_BLOCK // GROUP, GROUP=GROUP, RANK_BLOCK=_RANK_BLOCK,
+            SCALES=0 if scale is None else 2 if scale.ndim == 2 and scale.shape[1] > 1 else 1,
+            HAS_BIAS=bias is not None, HAS_LOW_RANK=added is not None, num_warps=4,
         )  # fmt: skip
     return out
 

@@ -1,0 +1,70 @@
+"""LoRAs that stay beside the stored matrices of modulations, as low-rank products of their own.
+
+Merged, a change of half a percent of an eight-bit matrix arrives as a handful of steps of its rounding, which moves all
+tokens alike: measured on an H100, between 0.7 and 1.4 of a small LoRA's effect. Beside the matrix it arrives whole, no
+matrix is written, and a step reads 0.5 % more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .storage import LowRank, project
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One layer's: `up` [N, R], and its rows of `Branches.down`."""
+
+    up: Tensor
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Branches:
+    """`down` [all R, K] in fp32, strengths multiplied in, and each layer's part ("double_blocks.0.img_mod.lin").
+
+    All modulations have one input, so that its products with every `down` are one kernel.
+    """
+
+    down: Tensor
+    layers: Mapping[str, Branch]
+
+    @classmethod
+    def empty(cls, shapes: Mapping[str, tuple[int, int, int]], dtype: torch.dtype, device: torch.device) -> Branches:
+        """For layers of these rows, columns and ranks; every element is zero."""
+        layers, start = {}, 0
+        for name, (rows, _, rank) in shapes.items():
+            layers[name] = Branch(torch.zeros((rows, rank), dtype=dtype, device=device), start, start + rank)
+            start += rank
+        width = next(iter(shapes.values()))[1]
+        return cls(torch.zeros((start, width), dtype=torch.float32, device=device), layers)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """As `empty` takes them: equal shapes can be written in place."""
+        width = self.down.shape[1]
+        return {name: (branch.up.shape[0], width, branch.up.shape[1]) for name, branch in self.layers.items()}
+
+    @property
+    def bytes(self) -> int:
+        return self.down.nbytes + sum(branch.up.nbytes for branch in self.layers.values())
+
+    def project(self, x: Tensor) -> Tensor:
+        """x [B, K] times every `down`, [B, all R]: what `of` takes."""
+        return project(x, self.down)
+
+    def of(self, layer: str, projected: Tensor) -> LowRank | None:
+        """What is added to this layer's product, None where no LoRA changes it."""
+        branch = self.layers.get(layer)
+        return None if branch is None else LowRank(branch.up, projected[:, branch.start : branch.stop])
+
+    def delta(self, layer: str) -> Tensor | None:
+        """The same as a matrix [N, K] in fp32."""
+        branch = self.layers.get(layer)
+        return None if branch is None else branch.up.float() @ self.down[branch.start : branch.stop]
