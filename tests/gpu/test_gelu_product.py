@@ -34,11 +34,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def kernel_names(function: Callable[..., object], *arguments: Tensor) -> list[str]:
+    """What ran on the GPU; the profile names calls on the CPU, too."""
     function(*arguments)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function(*arguments)
         torch.cuda.synchronize()
-    return [event.key for event in profile.key_averages()]
+    return [event.key for event in profile.key_averages() if event.self_device_time_total > 0]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -61,14 +62,10 @@ def test_gelu_product(dtype: torch.dtype, first_row: int, first_column: int) -> 
     assert [kind_of(name) for name in names] == [Kind.GEMM], names
 
 
-@pytest.mark.parametrize("joined", [fused._summed, fused._accumulated])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", BLOCKS)
-def test_compiled_blocks(
-    name: SegmentName, dtype: torch.dtype, joined: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_blocks(name: SegmentName, dtype: torch.dtype) -> None:
     """Inside the plan's error bound, for one and for two pictures, and at other sizes."""
-    monkeypatch.setattr(fused, "_JOINED_PRODUCT", joined)
     described, reference = segment(name, ARCH, attend), segment(name, ARCH, attend).function
     for batch in (1, 2):
         asked = Request(described, dtype, DEVICE, Profile.around(batch, 512, 64), reference)

@@ -81,8 +81,9 @@ def test_sizes_that_alternate_have_the_bits_of_the_plain_step(precision: str, ba
 def test_one_graph_serves_every_lora(
     precision: str, backend: str, cache_folder: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """In FP8, every one that leaves modulations alone."""
     model = compiled(cache_folder, precision, backend)
-    add_loras(model, ATTENTION_AND_MLP)
+    add_loras(model, ATTENTION_AND_MLP if precision == "bf16" else ATTENTION_AND_MLP[:4])
     model.set_adapters("a")
     arguments = inputs_of(model)
     caplog.set_level(logging.INFO, logger="trt_core.module")
@@ -98,6 +99,25 @@ def test_one_graph_serves_every_lora(
     outputs = list(seen.values())
     assert not any(torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
     assert len([r for r in caplog.records if "captured as a CUDA graph" in r.getMessage()]) == 1
+
+
+def test_loras_on_fp8_modulations_of_the_same_ranks_keep_the_graph(cache_folder: str) -> None:
+    """They lie beside the stored matrix; other ranks lie elsewhere, and the graph begins again."""
+    model = compiled(cache_folder, "fp8")
+    add_loras(model, ["to_q", "norm.linear", "norm1.linear"])
+    arguments, seen = inputs_of(model), []
+    model.set_adapters("a")
+    capture(model, arguments)
+    for name, strength in (("a", 1.0), ("b", 1.0), ("a", 0.25)):
+        model.set_adapters(name, strength)
+        seen.append(from_graph(model, arguments))
+        assert torch.equal(seen[-1], plain(model, arguments))
+    for names in (["a", "b"], []):
+        model.set_adapters(names) if names else model.disable_adapters()
+        capture(model, arguments)
+        seen.append(from_graph(model, arguments))
+        assert torch.equal(seen[-1], plain(model, arguments))
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
 
 
 @PRECISIONS

@@ -26,7 +26,6 @@ from trt_core.flux.precision import Precision
 
 CPU = torch.device("cpu")
 BLOCKS = (SegmentName.DOUBLE_BLOCK, SegmentName.SINGLE_BLOCK)
-JOINED = (fused._summed, fused._accumulated)
 HALVES = (torch.bfloat16, torch.float16)
 EXACT_GELU = 2e-3
 """How far the exact GELU, which PyTorch's CPU kernel of `_addmm_activation` computes, is from the tanh form at most."""
@@ -119,18 +118,16 @@ def test_the_epilogues_product_keeps_shapes_and_every_number_of_tokens(monkeypat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("joined", JOINED)
-def test_joined_product(joined: Callable[..., Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Off by about as much as the whole product is by its one rounding; `_accumulated` rounds a part twice."""
-    monkeypatch.setattr(fused, "_JOINED_PRODUCT", joined)
+def test_joined_product(dtype: torch.dtype) -> None:
+    """Off by about as much as the whole product is by its one rounding; a part is rounded twice."""
     attn, mlp = normal(2, 33, 64).to(dtype), normal(2, 33, 256, seed=5).to(dtype)
     _, weight, bias = product_of(torch.cat((attn, mlp), -1), 48)
     expected = torch.cat((attn, mlp), -1).double() @ weight.double().T + bias.double()
     whole = relative_l2(F.linear(torch.cat((attn, mlp), -1), weight, bias), expected)
     seen = fused.joined_product(attn, mlp, weight, bias)
     assert seen.shape == (2, 33, 48)
-    assert seen.dtype is (torch.float32 if joined is fused._summed else dtype)
-    assert relative_l2(seen, expected) < max((1.2 if joined is fused._summed else 1.5) * whole, 1e-6)
+    assert seen.dtype is dtype
+    assert relative_l2(seen, expected) < max(1.5 * whole, 1e-6)
 
 
 def test_accumulated_product_is_an_operator() -> None:
@@ -140,13 +137,11 @@ def test_accumulated_product_is_an_operator() -> None:
 
 
 @pytest.mark.usefixtures("cut")
-@pytest.mark.parametrize("joined", JOINED)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_cut_blocks_are_the_same_blocks(
-    name: SegmentName, joined: Callable[..., Tensor], arch: FluxArchitecture, monkeypatch: pytest.MonkeyPatch
+    name: SegmentName, arch: FluxArchitecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eager and by Inductor, one compilation for batch 1 and one for all others, whatever the tokens."""
-    monkeypatch.setattr(fused, "_JOINED_PRODUCT", joined)
     described = segment(name, arch, attend)
     compiled = InductorSegment(Request(described, torch.float32, CPU, Profile.around(1, 40, 7), described.function))
     counts = []

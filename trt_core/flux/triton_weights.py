@@ -60,13 +60,11 @@ def _row_sums_kernel(
     column = (group[:, None] * GROUP + tl.arange(0, GROUP)[None, :])[None, :, :]
     places = weight_ptr + row.to(tl.int64)[:, None, None] * weight_stride + column
     following = tl.load(places, mask=present[:, None, None] & (column < WIDTH), other=0.0)
-    for start in tl.static_range(0, WIDTH, GROUPS_BLOCK * GROUP):
+    for start in range(0, WIDTH, GROUPS_BLOCK * GROUP):
         weight, inside = following, start + column < WIDTH
-        if start + GROUPS_BLOCK * GROUP < WIDTH:
-            # Asked for before this block is summed, so that memory has work meanwhile.
-            next_start: tl.constexpr = start + GROUPS_BLOCK * GROUP
-            mask = present[:, None, None] & (next_start + column < WIDTH)
-            following = tl.load(places + next_start, mask=mask, other=0.0)
+        # Asked for before this block is summed, so that memory has work meanwhile.
+        after = start + GROUPS_BLOCK * GROUP
+        following = tl.load(places + after, mask=present[:, None, None] & (after + column < WIDTH), other=0.0)
         if SCALES == 2:
             wanted = present[:, None] & (start + group * GROUP < WIDTH)[None, :]
             scales = scale_ptr + row.to(tl.int64)[:, None] * scale_stride + (start // GROUP + group)[None, :]
