@@ -1,6 +1,7 @@
 """Which linear layers run in FP8, and the scales of what goes into them: a recipe, planned without touching a weight.
 
-FP8 is E4M3 here: values up to 448, each rounded by up to 6 %, whatever its size. Names are BFL's, without ".weight":
+FP8 is E4M3 here: values up to 448, each rounded by up to 6 %, whatever its size. Modulations are eight-bit integers
+(`flux.storage`), because nothing multiplies them in FP8. Names are BFL's, without ".weight":
 `double_blocks.0.img_attn.qkv`, `single_blocks.3.linear1`, `single_blocks.3.modulation.lin`.
 """
 
@@ -84,7 +85,7 @@ class Fp8Config:
 class Fp8Recipe:
     """The linear layers in FP8 and, where activations are static, the largest input each of them saw.
 
-    Modulations are stored in FP8 but multiply unquantized activations, so they are in `linears` and never in
+    Modulations are stored in eight bits but multiply unquantized activations, so they are in `linears` and never in
     `input_amax`.
     """
 
