@@ -231,6 +231,8 @@ def _lora_switch(job: Job, model: Any, run: Callable[[], Any]) -> Line:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s", stream=sys.stderr)
+    # One line per converted layer, thousands for a whole model: they would be part of the stock module's seconds.
+    logging.getLogger("torch_tensorrt").setLevel(logging.WARNING)
     values = json.loads(sys.argv[1])
     if values["limit_seconds"] > 10:  # just before it is stopped, it says where it is
         faulthandler.dump_traceback_later(values["limit_seconds"] - 5)

@@ -195,6 +195,18 @@ def test_a_projections_sums_do_not_depend_on_other_rows(weights: ModuleType) -> 
     assert relative_l2(whole, x.double() @ down.double().T) < 1e-6
 
 
+def test_prepared_kernels_are_those_of_the_first_lora(weights: ModuleType) -> None:
+    kernel, device = weights._row_sums_kernel, torch.device("cuda", 0)
+    storage.prepare(1024, 1, torch.bfloat16, device)
+    cache = kernel.device_caches[0][0]
+    before = len(cache)
+    x, down = normal(1, 1024, dtype=torch.bfloat16), normal(64, 1024, seed=1)
+    weight, scale = storage.quantize(normal(96, 1024, seed=2))
+    added = storage.LowRank(normal(96, 16, dtype=torch.bfloat16, seed=3), storage.project(x, down)[:, 16:32])
+    storage.linear(x, weight, scale, normal(96, dtype=torch.bfloat16, seed=4), added)
+    assert len(cache) == before > 0
+
+
 def test_integers_on_the_gpu_have_the_bits_of_the_cpu() -> None:
     value = normal(65, 3072, dtype=torch.bfloat16)
     for seen, expected in zip(storage.quantize(value), storage.quantize(value.cpu()), strict=True):

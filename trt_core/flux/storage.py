@@ -86,3 +86,14 @@ def project(x: Tensor, down: Tensor) -> Tensor:
     if kernels is not None and x.shape[0] <= kernels.MAX_BATCH:
         return kernels.rows_linear(x, down, None, None, None, torch.float32)
     return F.linear(x.float(), down)
+
+
+def prepare(width: int, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compiles what the first LoRA beside matrices of `width` columns needs: without it, that one waited 0.5 s on an
+    H100. Nothing on a CPU."""
+    if device.type != "cuda":
+        return
+    x, bias = torch.zeros((batch, width), dtype=dtype, device=device), torch.zeros(16, dtype=dtype, device=device)
+    weight, scale = quantize(torch.zeros((16, width), device=device))
+    added = LowRank(bias.new_zeros((16, 16)), project(x, torch.zeros((16, width), device=device)))
+    linear(x, weight, scale, bias, added)

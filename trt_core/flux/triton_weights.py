@@ -15,9 +15,9 @@ from .storage import GROUP, LowRank
 from .triton_rows import amax_bits, clamped, scale_from_bits
 
 MAX_BATCH = 8
-_ROWS_BLOCK = 8
-_WIDTH_BLOCK = 512
-"""512 bytes of a row are 16 for each thread of a warp: a row's sum stays inside one warp."""
+_ROWS_BLOCK = 2
+_MOST_GROUPS = 32
+"""Groups of columns in a block: 3072 columns are 24."""
 _RANK_BLOCK = 16
 
 
@@ -50,7 +50,8 @@ def _row_sums_kernel(
 ):  # fmt: skip
     """One program is ROWS_BLOCK outputs of every batch item: the weights are read once, sums are fp32.
 
-    A block of a row is GROUPS_BLOCK groups of GROUP columns. SCALES: 0 none, 1 one per row (or one), 2 one per group.
+    A block is GROUPS_BLOCK groups of GROUP columns: FLUX's whole rows, so that all of them are asked for at once.
+    SCALES: 0 none, 1 one per row (or one), 2 one per group.
     """
     row = tl.program_id(0) * ROWS_BLOCK + tl.arange(0, ROWS_BLOCK)
     present = row < rows
@@ -59,18 +60,17 @@ def _row_sums_kernel(
     group = tl.arange(0, GROUPS_BLOCK)
     column = (group[:, None] * GROUP + tl.arange(0, GROUP)[None, :])[None, :, :]
     places = weight_ptr + row.to(tl.int64)[:, None, None] * weight_stride + column
-    following = tl.load(places, mask=present[:, None, None] & (column < WIDTH), other=0.0)
-    for start in range(0, WIDTH, GROUPS_BLOCK * GROUP):
-        weight, inside = following, start + column < WIDTH
-        # Asked for before this block is summed, so that memory has work meanwhile.
-        after = start + GROUPS_BLOCK * GROUP
-        following = tl.load(places + after, mask=present[:, None, None] & (after + column < WIDTH), other=0.0)
+    for start in tl.static_range(0, WIDTH, GROUPS_BLOCK * GROUP):
+        inside = start + column < WIDTH
+        weight = tl.load(places + start, mask=present[:, None, None] & inside, other=0.0)
         if SCALES == 2:
             wanted = present[:, None] & (start + group * GROUP < WIDTH)[None, :]
             scales = scale_ptr + row.to(tl.int64)[:, None] * scale_stride + (start // GROUP + group)[None, :]
             scale = tl.load(scales, mask=wanted, other=0.0)
         for index in tl.static_range(BATCH):
-            x = tl.load(x_ptr + index * x_stride + start + column, mask=inside, other=0.0).to(tl.float32)
+            # Of the weight's shape, so that it is where the weight is: else threads exchange it through shared memory.
+            inputs = x_ptr + index * x_stride + start + column + (row * 0)[:, None, None]
+            x = tl.load(inputs, mask=present[:, None, None] & inside, other=0.0).to(tl.float32)
             sums = tl.sum(weight.to(tl.float32) * x, axis=2)
             part = tl.sum(sums * scale if SCALES == 2 else sums, axis=1)
             total += tl.where(item[None, :] == index, part[:, None], 0.0)
@@ -118,6 +118,7 @@ def rows_linear(
     (batch, width), rows = x.shape, weight.shape[0]
     x, weight = _rows(x), _rows(weight)
     out = torch.empty((batch, rows), dtype=dtype or x.dtype, device=x.device)
+    groups = min(_MOST_GROUPS, triton.next_power_of_2(triton.cdiv(width, GROUP)))
     up, projected = (weight, weight) if added is None else (_rows(added.up), _rows(added.projected))
     with torch.cuda.device_of(x):
         _row_sums_kernel[(triton.cdiv(rows, _ROWS_BLOCK),)](
@@ -125,7 +126,7 @@ def rows_linear(
             rows, 0 if added is None else up.shape[1], x.stride(0), weight.stride(0),
             0 if scale is None or scale.numel() == 1 else scale.stride(0), up.stride(0), projected.stride(0),
             BATCH=batch, BATCH_BLOCK=triton.next_power_of_2(batch), WIDTH=width, ROWS_BLOCK=_ROWS_BLOCK,
-            GROUPS_BLOCK=_WIDTH_BLOCK // GROUP, GROUP=GROUP, RANK_BLOCK=_RANK_BLOCK,
+            GROUPS_BLOCK=groups, GROUP=GROUP, RANK_BLOCK=_RANK_BLOCK,
             SCALES=0 if scale is None else 2 if scale.ndim == 2 and scale.shape[1] > 1 else 1,
             HAS_BIAS=bias is not None, HAS_LOW_RANK=added is not None, num_warps=4,
         )  # fmt: skip
