@@ -188,11 +188,9 @@ class Compilation:
             dict(zip(BlockKind, precisions, strict=True)),
             {kind: samples[kind, p] for kind, p in zip(BlockKind, precisions, strict=True) if (kind, p) in samples},
         )  # fmt: skip
-        search = PlanSearch(compiler, self._config, layout)
-        search.import_ahead()
-        # Beside that import, and before there is anything that a cancel would have to close.
+        # Before there is anything that a cancel would have to close.
         self._prepare_merges(bound, any(p.fp8 for p in precisions), profile, progress)
-        plan, segments = search.run()
+        plan, segments = PlanSearch(compiler, self._config, layout).run()
         compiled = CompiledBlocks.of(plan, segments)
         if (before := self._compiled.pop(key, None)) is not None:
             before.close()

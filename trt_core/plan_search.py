@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 import torch
 
 from .attention_ranking import rank_attention
-from .backends import torch_compiler
 from .backends.base import CompiledSegment
 from .backends.compiler import SegmentCompiler, tensorrt_runtime
-from .backends.inductor import COMPILE_THREADS, why_not_inductor
-from .background import Stopwatch, run_cancellable
+from .backends.inductor import COMPILE_THREADS
+from .background import Stopwatch
 from .candidates import first_segments, halves, why_not
 from .config import Attention, Backend, CompileConfig, Layout
 from .engine_builds import build_plans
@@ -56,20 +55,6 @@ class PlanSearch:
     def __post_init__(self) -> None:
         self.trials = Trials(self.compiler, self.config)
         self.store = PlanStore(self.compiler, self.config, self.layout)
-
-    def import_ahead(self) -> None:
-        """Begins to import PyTorch's compiler where `run` is going to need it.
-
-        Between the two, and until `run` compiles or measures, nothing may use that compiler (`torch_compiler`).
-        """
-        plan = self.store.remembered()
-        if self._may_compile() if plan is None else any(backend is Backend.INDUCTOR for _, backend, _ in plan.needed()):
-            torch_compiler.import_ahead()
-
-    def _may_compile(self) -> bool:
-        wanted, device = self.config.backend, self.compiler.device
-        automatic = wanted is Backend.AUTO and device.type == "cuda"
-        return (automatic or wanted is Backend.INDUCTOR) and why_not_inductor(device) is None
 
     def run(self) -> tuple[Plan, Compiled]:
         """The plan and the compiled segments it needs; everything else that was built is closed again.
@@ -187,8 +172,6 @@ class PlanSearch:
         self.trials.measure([*others, *jobs.get(Backend.TENSORRT, [])])
 
     def _beside_builders(self, jobs: list[Job], building: list[SegmentName]) -> None:
-        # Before anything is timed: an import holds Python's lock, and a kernel would wait for its start.
-        run_cancellable(torch_compiler.wait_until_imported, self.compiler.progress, "Loading PyTorch's compiler")
         self.trials.attention, ranked = rank_attention(self.compiler, self.config.attention)
         self.compiler.wide, products = rank_products(self.compiler)
         self.trials.measurements += [*ranked, *products]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,47 +19,28 @@ _FLOOR_EPS = {torch.float32: 8.0, torch.bfloat16: 0.125, torch.float16: 0.125}
 bound; in half precision it lies far below eager's own error (0.2 to 0.7 eps) and only guards the division."""
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """Random inputs of a segment, and what eager PyTorch makes of them in the segment's dtype and in fp32.
+def error_ratio(compiled: CompiledSegment, request: Request) -> float:
+    """Error of the compiled segment against fp32, in multiples of eager PyTorch's error in the same dtype.
 
-    Made without the compiled segment, and without anything of PyTorch's compiler (`torch_compiler`).
+    An FP8 segment's reference multiplies the same FP8 weights with inputs that are not quantized, so its ratio compares
+    with the error of the quantization itself. Inputs are random at the scale of a trained model. Ratios, because
+    absolute errors depend on weights and depth (a bf16 product of 3072 terms is off by 0.3 % by itself).
     """
-
-    inputs: list[Tensor]
-    eager: tuple[Tensor, ...]
-    reference: tuple[Tensor, ...]
-    floor: float
-    """The error that counts as none."""
-
-    @classmethod
-    def of(cls, request: Request) -> Expected:
-        profile, segment = request.profile, request.segment
-        img = min(max(_CHECK_IMG_TOKENS, profile.img_tokens.min), profile.img_tokens.max)
-        txt = min(max(_CHECK_TXT_TOKENS, profile.txt_tokens.min), profile.txt_tokens.max)
-        sizes = (profile.batch.opt, img, txt)
-        inputs = segment.random_inputs(*sizes, request.dtype, request.device, weights=request.weights)
-        function, count = request.reference, len(segment.activations)
-        with torch.no_grad():
-            eager = function(*inputs)
-            with _UpcastWeights(), unquantized_inputs():
-                reference = function(*(tensor.float() for tensor in inputs[:count]), *inputs[count:])
-        return cls(inputs, eager, reference, _FLOOR_EPS[request.dtype] * torch.finfo(request.dtype).eps)
-
-    def ratio(self, compiled: CompiledSegment) -> float:
-        """Error of the compiled segment against fp32, in multiples of eager PyTorch's error in the same dtype.
-
-        An FP8 segment's reference multiplies the same FP8 weights with inputs that are not quantized, so its ratio
-        compares with the error of the quantization itself. Inputs are random at the scale of a trained model. Ratios,
-        because absolute errors depend on weights and depth (a bf16 product of 3072 terms is off by 0.3 % by itself).
-        """
-        with torch.no_grad():
-            seen = compiled(*self.inputs)
-        ratios = [
-            relative_l2(s, r) / max(relative_l2(e, r), self.floor)
-            for s, e, r in zip(seen, self.eager, self.reference, strict=True)
-        ]
-        return float(torch.tensor(ratios).max())  # Python's max would pass over a NaN that does not come first
+    profile, segment = request.profile, request.segment
+    img = min(max(_CHECK_IMG_TOKENS, profile.img_tokens.min), profile.img_tokens.max)
+    txt = min(max(_CHECK_TXT_TOKENS, profile.txt_tokens.min), profile.txt_tokens.max)
+    sizes = (profile.batch.opt, img, txt)
+    inputs = segment.random_inputs(*sizes, request.dtype, request.device, weights=request.weights)
+    function = request.reference
+    with torch.no_grad():
+        eager = function(*inputs)
+        seen = compiled(*inputs)
+        with _UpcastWeights(), unquantized_inputs():
+            count = len(segment.activations)
+            reference = function(*(tensor.float() for tensor in inputs[:count]), *inputs[count:])
+    floor = _FLOOR_EPS[request.dtype] * torch.finfo(request.dtype).eps
+    ratios = [relative_l2(s, r) / max(relative_l2(e, r), floor) for s, e, r in zip(seen, eager, reference, strict=True)]
+    return float(torch.tensor(ratios).max())  # Python's max would pass over a NaN that does not come first
 
 
 class _UpcastWeights(TorchFunctionMode):
@@ -75,14 +55,9 @@ class _UpcastWeights(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def error_ratio(compiled: CompiledSegment, request: Request) -> float:
-    """`Expected.ratio` for a segment that is there already."""
-    return Expected.of(request).ratio(compiled)
-
-
-def check(compiled: CompiledSegment, request: Request, bound: float, expected: Expected | None = None) -> float:
+def check(compiled: CompiledSegment, request: Request, bound: float) -> float:
     """The error ratio; raises `BuildFailed` where it is above `bound` or not a number."""
-    ratio = (expected or Expected.of(request)).ratio(compiled)
+    ratio = error_ratio(compiled, request)
     if not ratio <= bound:
         raise BuildFailed(
             f"{compiled.backend.value}'s {request.segment.name.value} has {ratio:.1f} times eager PyTorch's error.",

@@ -23,7 +23,7 @@ from ..flux.precision import PLAIN, Precision
 from ..host import Progress
 from . import tensorrt_api
 from .base import CompiledSegment, Request
-from .check import Expected, check
+from .check import check
 from .eager import EagerSegment
 from .inductor import COMPILE_THREADS, InductorSegment
 from .products import products_milliseconds
@@ -98,20 +98,17 @@ class SegmentCompiler:
 
     def compile(self, name: SegmentName, backend: Backend, attention: Attention) -> CompiledSegment:
         """An Inductor or eager segment, checked. TensorRT plans are built by `Builders` and come in by `from_plan`."""
+        watch = Stopwatch()
         request = self.request(name, attention)
-        if backend is Backend.EAGER:
-            return EagerSegment(request)
-        watch, stage = Stopwatch(), f"Inductor compiles {name.value}"
-        compiled, ratio = run_cancellable(lambda: self._inductor(request), self.progress, stage)
-        self._note(name, backend, ratio, watch.seconds())
+        compiled = self._uncompiled(request, backend)
+        if backend is Backend.INDUCTOR:
+            stage = f"Inductor compiles {name.value}"
+            ratio = run_cancellable(lambda: check(compiled, request, self.error_ratio_bound), self.progress, stage)
+            self._note(name, backend, ratio, watch.seconds())
         return compiled
 
-    def _inductor(self, request: Request) -> tuple[InductorSegment, float]:
-        """A segment and its error ratio. What it is checked against is computed first: PyTorch's compiler may still be
-        imported meanwhile, and the GPU's libraries load their kernels."""
-        expected = Expected.of(request)
-        compiled = InductorSegment(request, self.compile_threads)
-        return compiled, check(compiled, request, self.error_ratio_bound, expected)
+    def _uncompiled(self, request: Request, backend: Backend) -> EagerSegment | InductorSegment:
+        return EagerSegment(request) if backend is Backend.EAGER else InductorSegment(request, self.compile_threads)
 
     def products_milliseconds(self, name: SegmentName) -> float:
         """What the segment's matrix products alone take at the profile's optimum, as far as that can be told."""

@@ -17,7 +17,6 @@ from ..errors import BuildFailed, first_line
 from ..flux.catalogue import Axis, Segment
 from ..flux.fused import load_kernels
 from .base import Request
-from .torch_compiler import wait_until_imported
 
 COMPILE_THREADS = 4
 """Inductor's own number is one process per core; a block has about ten kernels, and each process costs host memory.
@@ -50,7 +49,6 @@ class InductorSegment:
         self._segment = request.segment
         self._dynamic = _dynamic_axes(request.segment)
         self._seen: set[tuple[int, ...]] = set()
-        wait_until_imported()
         load_kernels()
         function = _private_copy(request.segment.function, request.segment.name.value)
         self._compiled = torch.compile(function, fullgraph=True, options={"compile_threads": compile_threads})
