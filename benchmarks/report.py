@@ -10,7 +10,7 @@ from pathlib import Path
 from .lines import RESULTS, Line, with_ratios
 from .report_fp8 import fp8_section
 from .report_growth import growth_plot, growth_section
-from .report_tables import PRECISIONS, latest, lines_of, number, stack, table
+from .report_tables import PRECISIONS, latest, lines_of, number, stack, table, without_cut_off
 from .scenarios import SCENARIOS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +27,7 @@ _COMFYUI_COLUMNS = (
     "removed, s", "GPU peak, GB", "difference to ComfyUI's own", "run",
 )  # fmt: skip
 _KEYS = ("scenario", "mode", "precision", "backend", "base_weights", "lora_node", "batch", "height_px", "text_tokens")
+_SCENARIO = ("scenario", "precision", "backend", "base_weights", "height_px", "text_tokens")
 _PROFILE_KEYS = ("precision", "backend", "height_px", "text_tokens", "batch")
 _PROFILE_COLUMNS = ("what the kernels are for", "ms", "share", "floor, ms", "times floor", "launches")
 GROWTH_PLOT = "growth.svg"
@@ -75,7 +76,7 @@ _SERVERS = {"dynamic": "Dynamic VRAM", "legacy": "`--disable-dynamic-vram`", "lo
 
 def _section(lines: list[Line]) -> str:
     """The text for one GPU: on what it was measured, and a table."""
-    cases = latest(with_ratios(lines), _KEYS, _place)
+    cases = latest(without_cut_off(with_ratios(lines), _SCENARIO), _KEYS, _place)
     return f"{stack(cases)}\n\n{table(_COLUMNS, [_row(line) for line in cases])}"
 
 

@@ -24,16 +24,33 @@ def _newest(lines: list[Line]) -> tuple[str, str]:
 
 def latest(lines: list[Line], keys: tuple[str, ...], order: Callable[[Line], Any] = lambda line: 0) -> list[Line]:
     """The last line of every case, cases of the last run first, those of a run by `order`, else as they first came."""
-
-    def case(line: Line) -> tuple[Any, ...]:
-        return tuple(line.get(key) for key in keys)
-
     runs = list(dict.fromkeys(line["run"] for line in reversed(lines)))
     first: dict[Any, int] = {}
     for index, line in enumerate(lines):
-        first.setdefault((line["run"], case(line)), index)
-    found = {case(line): line for line in lines}.values()
-    return sorted(found, key=lambda line: (runs.index(line["run"]), order(line), first[line["run"], case(line)]))
+        first.setdefault((line["run"], _case(line, keys)), index)
+    found = {_case(line, keys): line for line in lines}.values()
+    return sorted(found, key=lambda line: (runs.index(line["run"]), order(line), first[line["run"], _case(line, keys)]))
+
+
+def without_cut_off(lines: list[Line], keys: tuple[str, ...]) -> list[Line]:
+    """The lines but those of a scenario's last run where the run before measured more of it.
+
+    A run that was cut off does not take the place of a whole one; a scenario's batches go or stay together."""
+    measured: dict[tuple[Any, ...], dict[str, set[tuple[Any, str]]]] = {}
+    for line in lines:
+        fields = {(line.get("batch"), name) for name in line}
+        measured.setdefault(_case(line, keys), {}).setdefault(line["run"], set()).update(fields)
+    cut_off = {
+        (case, run)
+        for case, runs in measured.items()
+        for before, run in [tuple(runs)[-2:]] * (len(runs) > 1)
+        if len(runs[run]) < len(runs[before])
+    }
+    return [line for line in lines if (_case(line, keys), line["run"]) not in cut_off]
+
+
+def _case(line: Line, keys: tuple[str, ...]) -> tuple[Any, ...]:
+    return tuple(line.get(key) for key in keys)
 
 
 def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

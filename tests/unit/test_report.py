@@ -116,6 +116,22 @@ def test_two_processes_make_one_table_in_the_order_of_a_run(tmp_path: Path) -> N
     ]  # fmt: skip
 
 
+def test_a_run_that_was_cut_off_does_not_take_the_place_of_a_whole_one(tmp_path: Path) -> None:
+    results = place(tmp_path / "results")
+    whole = [
+        measured("ours", 100.0, backend="auto", warm_first_call_seconds=3.0),
+        measured("ours", 190.0, backend="auto", batch=2),
+    ]
+    cut = [measured("ours", 99.0, backend="auto", run="r2"), measured("ours", 189.0, backend="auto", batch=2, run="r2")]
+    eager = [measured("eager", 200.0), measured("eager", 201.0, run="r2")]
+    for lines, seen in (([*whole, *cut, *eager], ["201.0", "100.0", "190.0"]), ([*cut, *whole], ["100.0", "190.0"])):
+        (results / "gpu-x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert [row[2] for row in rows_of(part(report.updated(EMPTY, results), "benchmark"))[2:]] == seen
+    again = [{**line, "run": "r2", "step_ms": line["step_ms"] - 2} for line in whole]
+    (results / "gpu-x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*whole, *again]))
+    assert [row[2] for row in rows_of(part(report.updated(EMPTY, results), "benchmark"))[2:]] == ["98.0", "188.0"]
+
+
 def test_every_gpu_has_a_section_the_newest_first(tmp_path: Path) -> None:
     """The one whose lines have no time is the oldest, whatever its run and its file are called."""
     results = place(tmp_path / "results")
