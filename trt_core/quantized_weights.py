@@ -91,7 +91,7 @@ class QuantizedWeights(BoundWeights):
         spans = low_rank_spans(self.tensors[name].shape, patches)
         return spans if spans is not None and _rank(spans) <= MAX_BRANCH_RANK else None
 
-    def _apply_beside(self, new: Mapping[str, WeightPatches]) -> None:
+    def _apply_beside(self, new: Mapping[str, WeightPatches], changed: Collection[str]) -> None:
         found = {name: self._spans(name, patches.patches) for name, patches in new.items()}
         beside = {_layer(name): spans for name, spans in found.items() if spans}
         shapes = {
@@ -101,19 +101,10 @@ class QuantizedWeights(BoundWeights):
             self._branches = None
             return
         if self._branches is None or list(self._branches.shapes.items()) != list(shapes.items()):
-            self._branches = Branches.empty(shapes, self._dtype, self.device)
+            self._branches, changed = Branches.empty(shapes, self._dtype, self.device), new.keys()
         for layer, spans in beside.items():
-            self._fill(self._branches, layer, spans)
-
-    def _fill(self, branches: Branches, layer: str, spans: Sequence[Span]) -> None:
-        branch, place = branches.layers[layer], 0
-        branch.up.zero_()
-        for start, stop, (up, down, factor) in spans:
-            following = place + up.shape[1]
-            branch.up[start:stop, place:following].copy_(up)
-            rows = branches.down[branch.start + place : branch.start + following]
-            rows.copy_(down).mul_(factor)
-            place = following
+            if f"{layer}.weight" in changed:
+                _fill(self._branches, layer, spans)
 
     def _put(self, name: str, value: Tensor) -> None:
         if name not in self._matrices:
@@ -124,6 +115,17 @@ class QuantizedWeights(BoundWeights):
         self._quantize(value, (weight, scale))
         bound[0].copy_(weight)
         bound[1].copy_(scale)
+
+
+def _fill(branches: Branches, layer: str, spans: Sequence[Span]) -> None:
+    branch, place = branches.layers[layer], 0
+    if any(stop - start < branch.up.shape[0] for start, stop, _ in spans):
+        branch.up.zero_()
+    for start, stop, (up, down, factor) in spans:
+        following = place + up.shape[1]
+        branch.up[start:stop, place:following].copy_(up, non_blocking=True)
+        branches.down[branch.start + place : branch.start + following].copy_(down, non_blocking=True).mul_(factor)
+        place = following
 
 
 def _rank(spans: Sequence[Span]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,7 @@ class RefitPlan:
 
 @dataclass(frozen=True, slots=True)
 class RefitReport:
-    """What one refit did. `layers` were written; `base_weights` says where their base is kept ("gpu", "host")."""
+    """What one refit did. `layers` were changed; `base_weights` says where their base is kept ("gpu", "host")."""
 
     layers: int
     merged: int
@@ -80,6 +80,11 @@ class BoundWeights:
     def branches(self) -> Branches | None:
         """LoRAs that are applied beside their weights: FP8 models' on modulations."""
         return None
+
+    @property
+    def branch_bytes(self) -> int:
+        """What `branches` take on the device."""
+        return 0 if self.branches is None else self.branches.bytes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,7 +130,7 @@ class BoundWeights:
             for name, patches in writes.items():
                 written.append(name)
                 self._write(name, patches)
-            self._apply_beside(new)
+            self._apply_beside(new, plan.merge)
             complete = True
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
@@ -170,8 +175,8 @@ class BoundWeights:
         """Those patches that are merged into the bound tensor; the others are applied beside it."""
         return patches
 
-    def _apply_beside(self, new: Mapping[str, WeightPatches]) -> None:
-        """Applies what is not merged; with what was applied before, it undoes a refit."""
+    def _apply_beside(self, new: Mapping[str, WeightPatches], changed: Collection[str]) -> None:
+        """Applies what is not merged, where names are `changed`; with what was applied before, it undoes a refit."""
 
     def _note(self, plan: RefitPlan, new: Mapping[str, WeightPatches], writes: Mapping[str, Patches]) -> None:
         for name, patches in writes.items():
@@ -212,7 +217,7 @@ class BoundWeights:
             self._put(name, merged(base, [(patch.to("cpu"), strength) for patch, strength in before.patches]))
             # Another device may round otherwise: the next refit merges it anew, to the bits of a fresh one.
             self._applied[name] = WeightPatches(object(), before.patches)
-        self._apply_beside(self._applied)
+        self._apply_beside(self._applied, self._applied)
         for name in kept:
             self._give_back(name)
 

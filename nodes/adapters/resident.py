@@ -55,7 +55,8 @@ class BoundPatcher(comfy.model_patcher.ModelPatcher):
         return None
 
     def model_size(self) -> int:
-        return self.size + self._base_bytes()
+        resident = self._resident()
+        return self.size + self._base_bytes() + (resident.branch_bytes if resident is not None else 0)
 
     def loaded_size(self) -> int:
         return self.model_size() if self.bound else 0
@@ -214,6 +215,11 @@ class Resident:
     def base_bytes(self) -> int:
         """What copies of base weights take on the device."""
         return self.module.weights.base_gpu_bytes if self.companion.bound and self.module is not None else 0
+
+    @property
+    def branch_bytes(self) -> int:
+        """What LoRAs take that are applied beside FP8 modulations."""
+        return self.module.weights.branch_bytes if self.companion.bound and self.module is not None else 0
 
     def free_bases(self, wanted_bytes: float) -> int:
         """Lets go of copies of base weights on the device; they are read from ComfyUI's own copy when needed."""

@@ -280,7 +280,7 @@ class TestOnTheGpu:
         base, x = normal(64, 256, dtype=torch.bfloat16), normal(1, 256, dtype=torch.bfloat16)
         fp8.merge_quantize(base, None, 1.0)
         assert "_merge_kernel" in kernel_names(lambda: fp8.merge_quantize(base, None, 1.0))
-        for kind in ("int8", "row", "plain"):
+        for kind in ("int8", "row"):
             assert "_row_sums_kernel" in kernel_names(lambda kind=kind: storage.linear(x, *stored(kind, base), None))
         assert "_row_sums_kernel" in kernel_names(lambda: storage.project(x, base.float()))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.bound_weights import base_weights, copied, differing, low_rank, one, stack, versions
+from tests.unit.bound_weights import DOUBLE_NAMES, base_weights, copied, differing, low_rank, one, stack, versions
 from tests.unit.diffusers_pair import lora
 from tests.unit.fp8_bound import LAST, MODULATION, A, C, add, bound, fp8_model, output
 from tests.unit.fp8_simulation import round_int8, widened
@@ -18,6 +18,7 @@ from trt_core.quantized_weights import MAX_BRANCH_RANK
 from trt_core.weights import WeightPatches
 
 LAYER = MODULATION.removesuffix(".weight")
+DOUBLE = DOUBLE_NAMES[3]
 
 
 def change(rank: int, seed: int = 5, size: float = 0.001) -> LowRank:
@@ -78,6 +79,7 @@ def test_the_same_ranks_are_written_in_place() -> None:
     addresses = [first.down.data_ptr(), *(branch.up.data_ptr() for branch in first.layers.values())]
     weights.refit(stack((C, 0.25)))
     assert weights.branches is first
+    assert weights.branch_bytes == sum(t.nbytes for t in (first.down, *(branch.up for branch in first.layers.values())))
     assert addresses == [first.down.data_ptr(), *(branch.up.data_ptr() for branch in first.layers.values())]
     fresh = bound()
     fresh.refit(stack((C, 0.25)))
@@ -86,6 +88,20 @@ def test_the_same_ranks_are_written_in_place() -> None:
     assert weights.branches is not first
     weights.restore()
     assert weights.branches is None
+    assert weights.branch_bytes == 0
+
+
+def test_only_what_changed_is_written() -> None:
+    weights, other = (
+        bound(),
+        one(DOUBLE, low_rank(tuple(base_weights()[DOUBLE].shape), 4, torch.Generator().manual_seed(1))),
+    )
+    weights.refit({**one(MODULATION, change(4)), **other})
+    assert weights.branches is not None
+    ups = {name: branch.up for name, branch in weights.branches.layers.items()}
+    before = {name: up._version for name, up in ups.items()}
+    weights.refit({**one(MODULATION, change(4), 0.5, mark="half"), **other})
+    assert [name for name, up in ups.items() if up._version != before[name]] == [LAYER]
 
 
 def test_two_loras_and_rows_of_one_are_added() -> None:

@@ -68,13 +68,13 @@ def linear(
 
     x [B, K]; weight [N, K] is int8 or E4M3 with its scale (fp32, [N, groups(K)], [N, 1] or [1]), or a float with None.
     For eager calls with few rows, such as modulations: on a GPU, up to 8 rows are one Triton kernel that reads the
-    weight once. cuBLAS reads one in bf16 with 2.5 of the 3.3 TB/s that an H100 has.
+    weight once (all of FLUX.1-dev's: 1.8 ms on an H100). Plain weights are cuBLAS's (in bf16: 2.8 ms).
     """
+    if scale is None and added is None:
+        return F.linear(x, weight, bias)
     kernels = fused.weight_kernels(weight)
     if kernels is not None and x.shape[0] <= kernels.MAX_BATCH:
         return kernels.rows_linear(x, weight, scale, bias, added)
-    if scale is None and added is None:
-        return F.linear(x, weight, bias)
     wide = weight.float() if scale is None else dequantize(weight, scale, torch.float32)
     out = F.linear(x.float(), wide, None if bias is None else bias.float())
     return (out if added is None else out + F.linear(added.projected, added.up.float())).to(x.dtype)
