@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from .wide import widened
 
 WEIGHTS_BYTES = 2 * 11_901_408_320
 _STEPS = 10
+_LAST_WORDS_SECONDS = 5.0
+"""Before it is stopped, a process says where it is."""
 _BAKED = ("mttm", "torchao")
 """Their weights are in what was compiled, or are no plain tensors: they are measured on plain weights alone, because
 new ones would cost minutes."""
@@ -46,6 +50,8 @@ class Job:
     progress: Progress
     warm: bool = False
     tiny: bool = False
+    ends: float = float("inf")
+    """When it will be stopped, as `time.time` counts."""
 
     def model(self) -> Any:
         return models.full_size_transformer(self.device, **(TINY if self.tiny else {}))
@@ -59,7 +65,7 @@ class Job:
         scenario, tiny = Scenario.from_dict(values["scenario"]), values.get("tiny", False)
         progress = Progress(scenario.name, values["started"])
         return cls(scenario, Path(values["folder"]), Path(values["references"]), device_of(tiny), progress,
-                   values.get("warm", False), tiny)  # fmt: skip
+                   values.get("warm", False), tiny, values["started"] + values["limit_seconds"])  # fmt: skip
 
 
 def measure(job: Job) -> Iterator[Line]:
@@ -81,7 +87,7 @@ def _batch(job: Job, batch: int, model: Any, transformer: Any) -> Iterator[Line]
     def run() -> torch.Tensor:
         return call(transformer, arguments)
 
-    with job.progress.phase(f"first call, batch {batch}"):
+    with job.progress.phase(f"first call, batch {batch}"), known_when_stopped(job, batch):
         first_call = seconds(run, job.device)
     if job.warm:
         yield {"batch": batch, "warm_first_call_seconds": first_call}
@@ -96,6 +102,30 @@ def _batch(job: Job, batch: int, model: Any, transformer: Any) -> Iterator[Line]
         job.progress.say("LoRAs")
         line |= _lora_switch(job, transformer, run)
     yield line
+
+
+@contextmanager
+def known_when_stopped(job: Job, batch: int) -> Iterator[None]:
+    """If the process is stopped inside, its last line says how long the first call had taken by then."""
+    started = time.time()
+
+    def last_words() -> None:
+        write({"batch": batch, "incomplete": True, "first_call_seconds_at_least": time.time() - started})
+
+    left = job.ends - _LAST_WORDS_SECONDS - started
+    timer = threading.Timer(max(0.0, min(left, threading.TIMEOUT_MAX)), last_words)
+    timer.daemon = True
+    if not job.warm:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def write(line: Line) -> None:
+    sys.stdout.write("LINE " + json.dumps({k: v for k, v in line.items() if v is not None}) + "\n")
+    sys.stdout.flush()
 
 
 def _peaks(scenario: Scenario, peaks: MemoryPeaks | None) -> Line:
@@ -234,16 +264,15 @@ def main() -> None:
     # One line per converted layer, thousands for a whole model: they would be part of the stock module's seconds.
     logging.getLogger("torch_tensorrt").setLevel(logging.WARNING)
     values = json.loads(sys.argv[1])
-    if values["limit_seconds"] > 10:  # just before it is stopped, it says where it is
-        faulthandler.dump_traceback_later(values["limit_seconds"] - 5)
+    if values["limit_seconds"] > 2 * _LAST_WORDS_SECONDS:
+        faulthandler.dump_traceback_later(values["limit_seconds"] - _LAST_WORDS_SECONDS)
     job = Job.read(values)
     job.progress.say("PyTorch imported")
     if values.get("write_references"):
         write_references(job)
         return
     for line in measure(job):
-        sys.stdout.write("LINE " + json.dumps({k: v for k, v in line.items() if v is not None}) + "\n")
-        sys.stdout.flush()
+        write(line)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def _row(line: Line) -> tuple[str, ...]:
         str(line["batch"]),
         number(line, "step_ms", 1, ".1f"),
         number(line, "ratio_to_eager", 1, ".2f"),
-        number(line, "first_call_seconds", 1, ".1f"),
+        _first_call(line),
         number(line, "warm_first_call_seconds", 1, ".1f"),
         number(line, "lora_switch_ms", 1, ".0f"),
         number(line, "gpu_peak_bytes", 1e-9, ".1f"),
@@ -53,6 +53,12 @@ def _row(line: Line) -> tuple[str, ...]:
         number(line, "error_ratio", 1, ".2f"),
         line["run"],
     )
+
+
+def _first_call(line: Line) -> str:
+    """What it took, or for a process that was stopped meanwhile, what it had taken by then."""
+    at_least = number(line, "first_call_seconds_at_least", 1, ".0f")
+    return number(line, "first_call_seconds", 1, ".1f") or (f"over {at_least}" if at_least else "")
 
 
 def _comfyui_row(line: Line) -> tuple[str, ...]:

@@ -116,6 +116,15 @@ def test_two_processes_make_one_table_in_the_order_of_a_run(tmp_path: Path) -> N
     ]  # fmt: skip
 
 
+def test_a_first_call_that_did_not_end_is_a_bound(tmp_path: Path) -> None:
+    results = place(tmp_path / "results")
+    line = {**measured("mttm", 1.0), "incomplete": True, "first_call_seconds_at_least": 523.7}
+    del line["step_ms"]
+    (results / "gpu-x.jsonl").write_text(json.dumps(line) + "\n")
+    (row,) = rows_of(part(report.updated(EMPTY, results), "benchmark"))[2:]
+    assert (row[0], row[2], row[4]) == ("Torch-TensorRT's mutable module", "", "over 524")
+
+
 def test_a_run_that_was_cut_off_does_not_take_the_place_of_a_whole_one(tmp_path: Path) -> None:
     results = place(tmp_path / "results")
     whole = [

@@ -238,3 +238,20 @@ def test_the_competitor_cannot_eat_a_run() -> None:
     assert (torchao.batches, torchao.precision, torchao.needs) == ((1, 2), "fp8", "torchao")
     assert torchao.limit_seconds is not None
     assert torchao.limit_seconds <= 200
+
+
+@pytest.mark.parametrize(("left", "warm", "said"), [(0.2, False, True), (60.0, False, False), (0.2, True, False)])
+def test_a_process_that_is_stopped_has_said_how_long_its_first_call_took(
+    left: float, warm: bool, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = process.Job(
+        EAGER, tmp_path, tmp_path, torch.device("cpu"), Progress("it"), warm, ends=time.time() + 5.0 + left
+    )
+    with process.known_when_stopped(job, 2):
+        time.sleep(0.6)
+    out = capsys.readouterr().out
+    assert out.startswith("LINE ") is said
+    if said:
+        line = json.loads(out.removeprefix("LINE "))
+        assert 0.15 < line.pop("first_call_seconds_at_least") < 0.6
+        assert line == {"batch": 2, "incomplete": True}
