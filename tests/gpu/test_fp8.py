@@ -15,13 +15,13 @@ from tests.unit.diffusers_pair import lora
 from tests.unit.fp8_lora_gain import lora_gain, rounded_bases
 from tests.unit.fp8_simulation import (
     BLOCK_LINEARS,
-    E4M3,
     Scheme,
     compiled_fp8,
     fused_layers,
     fused_modules,
+    is_modulation,
     largest_inputs,
-    round_fp8,
+    round_weight,
     simulation,
     three_ways,
 )
@@ -188,6 +188,7 @@ def test_merged_is_round_fp8_of_base_plus_delta(per_row: bool, place: str, cache
     """Products on the GPU, everything after them on the CPU, where a division is a division.
 
     Per row, tensor cores sum the products in another order than PyTorch: the last bit of the fp32 sum may differ.
+    Modulations keep their base's bits, with the LoRA beside them.
     """
     model = compiled_fp8(real_shaped_model(), Scheme(per_row), cache_folder, base_weights=place)
     add(model, "a", *BLOCK_LINEARS)
@@ -196,16 +197,21 @@ def test_merged_is_round_fp8_of_base_plus_delta(per_row: bool, place: str, cache
         output_of(model, inputs_of(real_shaped_model()))
         tensors = bound(model)
         for name, layers in fused_modules(model).items():
-            q, scale = round_fp8(torch.cat([_merged(layer, strength) for layer in layers]), per_row)
-            assert tensors[f"{name}.weight"].dtype is E4M3
+            beside = is_modulation(name)
+            whole, base = (torch.cat([_merged(layer, s) for layer in layers]) for s in (strength, 0.0))
+            q, scale = round_weight(name, base if beside else whole, per_row)
+            assert tensors[f"{name}.weight"].dtype is q.dtype
             seen, seen_scale = tensors[f"{name}.weight"].cpu(), tensors[f"{name}.weight_scale"].cpu()
-            if per_row and strength != 0:
+            if per_row and strength != 0 and not beside:
                 assert torch.allclose(seen_scale, scale, rtol=3e-6), name
                 assert (seen.float() != q.float()).float().mean() < 1e-3, name
                 assert relative_l2(seen.float() * seen_scale, q.float() * scale) < 1e-3, name
             else:
                 assert torch.equal(seen.float(), q.float()), name
                 assert torch.equal(seen_scale, scale), name
+            if beside and strength != 0:
+                delta = model._trt_state.module.weights.branches.delta(name).cpu()
+                assert relative_l2(delta, whole - base) < 3e-3, name
 
 
 def _merged(layer: nn.Module, strength: float) -> Tensor:
@@ -254,10 +260,11 @@ def test_the_gain_of_a_small_lora_is_one(size: float, loras: int, cache_folder: 
 
 
 def test_merging_into_the_rounded_weight_would_lose_it(cache_folder: str) -> None:
+    """But for what a LoRA does to modulations, which arrives beside them."""
     plain = real_shaped(heads=8)
     calls = [inputs_of(plain, seed=seed) for seed in range(3)]
     ours = compiled_fp8(rounded_bases(plain, True), Scheme(), cache_folder)
-    assert lora_gain(ours, plain.float(), calls, 0.005, 3) < 0.6
+    assert lora_gain(ours, plain.float(), calls, 0.005, 3) < 0.8
 
 
 # -- where the bases lie -----------------------------------------------------------------------------------------------
