@@ -19,7 +19,8 @@ from .host_slabs import HostSlabs, piece_bytes
 from .lora.changes import Additive, Patch, merged
 from .low_rank_merge import merge_fp8
 from .quantized_weights import QuantizedWeights, scale_name
-from .weights import Patches, disjoint
+from .row_merge import disjoint
+from .weights import Patches
 
 Placed = Callable[[str, Tensor], None]
 """(name, base): where the base of a weight is from now on."""

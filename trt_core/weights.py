@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from .base_storage import BaseSource, BaseStorage, HostSlabs
 from .config import BaseWeights
 from .errors import LoraMismatch, OutOfMemory, TRTError
 from .flux.branches import Branches
-from .lora.changes import Additive, Patch, merged
+from .lora.changes import Patch, merged
 from .lora.files import Lora
+from .row_merge import add_rows, disjoint
 
 _LOG = logging.getLogger("trt_core.refit")
 
@@ -203,7 +203,7 @@ class BoundWeights:
         elif low_rank_merge.merge(bound, base, patches):
             return
         elif disjoint(patches):
-            _add_rows(bound, base, patches)
+            add_rows(bound, base, patches)
         else:
             bound.copy_(merged(base, patches))
 
@@ -254,39 +254,6 @@ class BoundWeights:
     @property
     def base_host_bytes(self) -> int:
         return self._bases.host_bytes
-
-
-def disjoint(patches: Sequence[tuple[Patch, float]]) -> bool:
-    """Whether every patch is a plain sum and no two touch the same row: the common case, one LoRA on a layer."""
-    if any(not isinstance(patch.change, Additive) for patch, _ in patches):
-        return False
-    if any(patch.rows is None for patch, _ in patches):
-        return len(patches) == 1
-    rows = sorted(patch.rows for patch, _ in patches if patch.rows is not None)
-    return all(before[1] <= after[0] for before, after in itertools.pairwise(rows))
-
-
-def _add_rows(bound: Tensor, base: Tensor, patches: Sequence[tuple[Patch, float]]) -> None:
-    """bound = base + strength * delta without an fp32 copy of the weight.
-
-    The same bits as `merged`: the addition promotes the base to fp32 and rounds the sum once, in one kernel.
-    """
-    covered = 0
-    for patch, strength in sorted(patches, key=lambda item: item[0].rows or (0, 0)):
-        start, stop = patch.rows or (0, bound.shape[0])
-        bound[covered:start].copy_(base[covered:start])
-        _add(bound[start:stop], base[start:stop], patch.change, strength)
-        covered = stop
-    bound[covered:].copy_(base[covered:])
-
-
-def _add(bound: Tensor, base: Tensor, change: object, strength: float) -> None:
-    if not isinstance(change, Additive) or strength == 0:
-        bound.copy_(base)
-        return
-    delta = change.delta(bound.device).reshape(bound.shape)
-    factor = strength * change.scale
-    torch.add(base, delta if factor == 1 else delta.mul_(factor), out=bound)
 
 
 def file_patches(loras: Sequence[tuple[Lora, float]]) -> dict[str, WeightPatches]:

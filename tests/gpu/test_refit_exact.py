@@ -25,7 +25,8 @@ from trt_core.backends.check import relative_l2
 from trt_core.config import BaseWeights
 from trt_core.errors import OutOfMemory
 from trt_core.lora.changes import Additive, Patch, merged
-from trt_core.weights import BoundWeights, WeightPatches, _add_rows
+from trt_core.row_merge import add_rows
+from trt_core.weights import BoundWeights, WeightPatches
 
 DEVICE = "cuda"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -97,7 +98,7 @@ def test_the_fast_path_has_the_bits_of_merged(
         change = low_rank(size, rank, generator, size=0.001, scale=0.3).to(DEVICE)
         patches.append((Patch("w", part, change), 0.7))
     seen = torch.full_like(base, float("nan"))
-    _add_rows(seen, base, patches)
+    add_rows(seen, base, patches)
     assert torch.equal(seen, merged(base, patches).to(dtype))
 
 

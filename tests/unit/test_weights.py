@@ -23,7 +23,8 @@ from tests.unit.bound_weights import (
 )
 from trt_core.config import BaseWeights
 from trt_core.lora.changes import Difference, LowRank, Patch, Replacement, merged
-from trt_core.weights import BoundWeights, WeightPatches, _add_rows, disjoint, plan_refit
+from trt_core.row_merge import add_rows, disjoint
+from trt_core.weights import BoundWeights, WeightPatches, plan_refit
 
 A = random_lora("a", DOUBLE_NAMES, 4, seed=1)
 B = random_lora("b", (*DOUBLE_NAMES[2:], *SINGLE_NAMES[:1]), 32, seed=2)
@@ -187,7 +188,7 @@ def test_add_rows_has_the_bits_of_merged(
         patches.append((Patch(QKV, part, low_rank(size, 16, generator, scale=0.3)), strength))
     assert disjoint(patches)
     seen = torch.full_like(base, float("nan"))
-    _add_rows(seen, base, patches)
+    add_rows(seen, base, patches)
     assert torch.equal(seen, merged(base, patches).to(dtype))
 
 
