@@ -31,6 +31,8 @@ MOST_WORKERS = 4
 NEEDED_GB = {"cpu": 3, "gpu": 18}
 DIFFUSERS = ("diffusers>=0.35,<1", "transformers>=4.50", "peft>=0.17", "accelerate>=1.0", "safetensors>=0.4.3")
 TESTS = ("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "nvidia-modelopt>=0.47,<0.48")
+TRITON = "triton==3.6.0"
+"""What torch 2.11 brings on a GPU; without one, tests compile our kernels with it for GPUs that are not there."""
 PACKAGES = (*DIFFUSERS, "sentencepiece", "protobuf", "pillow", *TESTS)
 USAGE = "usage: python run.py demo [--help | options], python run.py test [options of pytest]"
 NOT_OFFERED = "pip's sources lack a package for this Python and system. Python 3.10 to 3.13 are the safe choice."
@@ -273,12 +275,26 @@ def prepare() -> tuple[Path, str]:
     return python, gpu
 
 
+def add_triton(python: Path, gpu: str) -> None:
+    """Installs Triton for the tests where torch brought none; where that fails, the tests that need it are skipped."""
+    there = any(VENV.glob("lib/python*/site-packages/triton-*.dist-info"))
+    if gpu or there or (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return
+    say("Adding Triton (190 MB), which compiles our kernels in the tests")
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-deps"]
+    try:
+        checked([*pip, TRITON], "Installing Triton")
+    except SetupError as error:
+        say(f"      No Triton: {error}")
+
+
 def command_line(arguments: list[str]) -> list[str]:
     """The command that does what was asked for, after installing what it needs."""
     if not arguments or arguments[0] not in ("demo", "test"):
         raise SetupError(USAGE)
     python, gpu = prepare()
     if arguments[0] == "test":
+        add_triton(python, gpu)
         os.chdir(ROOT)
         return [str(python), "-m", "pytest", *pytest_arguments(arguments[1:], bool(gpu))]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

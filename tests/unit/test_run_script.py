@@ -141,6 +141,22 @@ def test_packages_are_those_of_the_project_file() -> None:
     assert [requirement for requirement in run.PACKAGES if f'"{requirement}"' not in project] == []
 
 
+def test_triton_is_added_where_torch_brought_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(run, "VENV", tmp_path)
+    monkeypatch.setattr(run, "checked", lambda command, doing: asked.append(command) or "")
+    monkeypatch.setattr(run.platform, "system", lambda: "Linux")
+    for machine, gpu, wanted in (("x86_64", "", True), ("aarch64", "", False), ("x86_64", "NVIDIA H100", False)):
+        monkeypatch.setattr(run.platform, "machine", lambda machine=machine: machine)
+        asked.clear()
+        run.add_triton(Path("python"), gpu)
+        assert [command[-1] for command in asked] == [run.TRITON] * wanted
+    (tmp_path / "lib" / "python3.11" / "site-packages" / "triton-3.6.0.dist-info").mkdir(parents=True)
+    monkeypatch.setattr(run.platform, "machine", lambda: "x86_64")
+    run.add_triton(Path("python"), "")
+    assert asked == []
+
+
 def test_requirements_leave_the_torch_of_comfyui_alone() -> None:
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     names = [re.split(r"[^\w.-]", line)[0] for line in lines if line and not line.startswith("#")]

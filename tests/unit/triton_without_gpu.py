@@ -1,0 +1,165 @@
+"""Run as a script: compiles every Triton kernel for a GPU that is not there, or runs some in Triton's interpreter.
+
+`python -m tests.unit.triton_without_gpu compile 90` calls the public functions with tensors of FLUX's sizes on the CPU;
+a launch compiles for that compute capability and goes no further. Prints a line of JSON: kernel -> its shared memory.
+`TRITON_INTERPRET=1 python -m tests.unit.triton_without_gpu interpret` compares results with plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
+HIDDEN, MLP, HEADS, DIM = 3072, 12288, 24, 128
+LARGEST_SHARED: dict[str, int] = {}
+
+
+class NoGpu:
+    """What Triton asks of a driver before it launches."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+
+def compile_all(capability: int) -> None:
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    launch = JITFunction.run
+
+    def compiled(self: Any, *arguments: Any, **options: Any) -> Any:
+        kernel = launch(self, *arguments, **{**options, "warmup": True})
+        name = self.fn.__name__
+        LARGEST_SHARED[name] = max(LARGEST_SHARED.get(name, 0), kernel.metadata.shared)
+        return kernel
+
+    JITFunction.run = compiled
+    driver.set_active(NoGpu(capability))
+    for call in (*plain_calls(), *(fp8_calls() if capability >= 89 else ())):
+        call()
+
+
+def plain_calls() -> list[Callable[[], Any]]:
+    from trt_core import triton_merge
+    from trt_core.flux import triton_kernels, triton_rows, triton_weights
+    from trt_core.low_rank import Term
+
+    x, wide, mod = empty(1, 64, HIDDEN), empty(1, 64, 3 * HIDDEN + MLP), empty(1, HIDDEN)
+    q = wide[..., :HIDDEN].unflatten(-1, (HEADS, DIM))
+    cos, norm = empty(64, DIM // 2, dtype=FP32), empty(DIM)
+    base = empty(HIDDEN, HIDDEN)
+    calls: list[Callable[[], Any]] = [
+        lambda: triton_rows.modulated_norm(x, mod, mod, 1e-6),
+        lambda: triton_rows.join_gelu(x, wide[..., 3 * HIDDEN :]),
+        lambda: triton_kernels.norm_rope(q, q, norm, norm, cos, cos, cos, cos, 0, 1e-6),
+        lambda: triton_weights.rows_linear(mod, base, None, mod[0], None),
+        lambda: triton_weights.rows_linear(mod, empty(32, HIDDEN, dtype=FP32), None, None, None, FP32),
+    ]
+    for batch in (1, 2, triton_weights.MAX_BATCH):
+        row, beside = empty(batch, HIDDEN), lora(batch)
+        calls.append(lambda row=row, beside=beside: triton_weights.rows_linear(row, *integers(), mod[0], beside))
+    calls.append(lambda: triton_weights.rows_linear(mod, *integers(), mod[0], None))
+    for dtype, rank, count in ((BF16, 16, 1), (BF16, 32, 1), (FP32, 16, 1), (BF16, 128, 1), (BF16, 16, 2)):
+        term = Term(empty(HIDDEN, rank, dtype=dtype), empty(rank, HIDDEN, dtype=dtype), 1.0)
+        calls.append(lambda terms=[term] * count: triton_merge.merge_low_rank(base, terms, base))
+    return calls
+
+
+def fp8_calls() -> list[Callable[[], Any]]:
+    from trt_core import triton_merge
+    from trt_core.flux import triton_attention, triton_rows, triton_weights
+    from trt_core.flux.fp8_attention import QkvStream
+    from trt_core.low_rank import Term
+
+    x, mlp, mod, one = empty(1, 64, HIDDEN), empty(1, 64, MLP), empty(1, HIDDEN), empty(1, dtype=FP32)
+    norm, cos, base = empty(DIM), empty(64, DIM // 2, dtype=FP32), empty(HIDDEN, HIDDEN)
+    stream = QkvStream(empty(1, 64, 3 * HIDDEN), norm, norm, cos, cos)
+    out = (empty(HIDDEN, HIDDEN, dtype=FP8), empty(HIDDEN, 1, dtype=FP32))
+    calls: list[Callable[[], Any]] = []
+    for scale in (None, one):
+        calls += [
+            lambda scale=scale: triton_rows.modulated_norm_fp8(x, mod, mod, 1e-6, scale),
+            lambda scale=scale: triton_rows.join_gelu_fp8(x, mlp, scale),
+            lambda scale=scale: triton_rows.join_gelu_fp8(x.to(FP8), mlp, scale, one),
+            lambda scale=scale: triton_rows.gelu_fp8(mlp, scale),
+            lambda scale=scale: triton_rows.quantize_fp8(x, scale),
+        ]
+    for scale in (one, out[1]):
+        calls.append(lambda scale=scale: triton_weights.rows_linear(mod, out[0], scale, mod[0], lora(1)))
+    for delta in (None, base.float()):
+        calls.append(lambda delta=delta: triton_weights.merge_quantize_rows(base, delta, 1.0, *out))
+    for dtype, rank, count in ((BF16, 16, 1), (BF16, 32, 1), (FP32, 16, 1), (BF16, 128, 1), (BF16, 16, 2)):
+        term = Term(empty(HIDDEN, rank, dtype=dtype), empty(rank, HIDDEN, dtype=dtype), 1.0)
+        calls.append(lambda terms=[term] * count: triton_merge.merge_low_rank_fp8(base, terms, *out))
+    return [
+        *calls,
+        lambda: triton_attention.quantized_qkv(stream, stream, HEADS, 1e-6),
+        lambda: triton_attention.quantized_qkv(stream, None, HEADS, 1e-6),
+    ]
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def integers() -> tuple[Tensor, Tensor]:
+    return empty(HIDDEN, HIDDEN, dtype=torch.int8), empty(HIDDEN, HIDDEN // 128, dtype=FP32)
+
+
+def lora(batch: int) -> Any:
+    from trt_core.flux.storage import LowRank
+
+    return LowRank(empty(HIDDEN, 16), empty(batch, 64, dtype=FP32)[:, 16:32])
+
+
+def interpret() -> None:
+    """Raises `AssertionError` where a kernel's arithmetic is not that of plain PyTorch."""
+    from trt_core.flux import storage, triton_kernels, triton_weights
+    from trt_core.flux.rope import rotate
+
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    for width, batch, rows in ((128, 1, 8), (640, 2, 21), (3072, 3, 5), (48, 1, 6)):
+        # Without a LoRA: with NumPy 2.4, Triton 3.6 interprets no loop whose bound is an argument.
+        x, weight, bias = normal(batch, width), normal(rows, width), normal(rows)
+        for values, scale in (storage.quantize(weight), (weight, None)):
+            wide = values if scale is None else storage.dequantize(values, scale, FP32)
+            same(triton_weights.rows_linear(x, values, scale, bias, None), x @ wide.T + bias)
+            same(triton_weights.rows_linear(x, values, scale, None, None, FP32), x @ wide.T)
+    x, scale, angle = normal(2, 5, 3, 16), normal(16), normal(5, 8)
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * scale
+    pe = (angle.cos(), angle.sin())
+    same(triton_kernels.norm_rope(x, x, scale, scale, *pe, *pe, 0, 1e-6), rotate(normed, *pe))
+
+
+def same(seen: Tensor, expected: Tensor) -> None:
+    assert seen.shape == expected.shape
+    assert torch.allclose(seen, expected, rtol=1e-4, atol=1e-4), float((seen - expected).abs().max())
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "compile":
+        compile_all(int(sys.argv[2]))
+        sys.stdout.write(json.dumps(LARGEST_SHARED) + "\n")
+    else:
+        interpret()
