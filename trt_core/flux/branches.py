@@ -1,8 +1,8 @@
 """LoRAs that stay beside the stored matrices of modulations, as low-rank products of their own.
 
 Merged, a change of half a percent of an eight-bit matrix arrives as a handful of steps of its rounding, which moves all
-tokens alike: measured on an H100, between 0.7 and 1.4 of a small LoRA's effect. Beside the matrix it arrives whole, no
-matrix is written, and a step reads 0.5 % more.
+tokens alike: of a LoRA of 1 %, merged into E4M3, 0.71 to 1.36 arrived in plain PyTorch and 1.40 on an H100. Beside the
+matrix it arrives whole, no matrix is written, and at rank 16 a step reads 0.05 of 12.6 GB more.
 """
 
 from __future__ import annotations
