@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +32,7 @@ from trt_core.errors import BuildCancelled, BuildFailed, MissingDependency
 from trt_core.flux.architecture import FluxArchitecture
 from trt_core.flux.catalogue import BlockKind, SegmentName
 from trt_core.flux.precision import Precision
-from trt_core.host import Silent
+from trt_core.host import Progress, Silent
 
 ARCH = FluxArchitecture.from_shapes(shapes_of(bfl_weights(tiny_transformer(head_dim=16))))
 PROFILE = Profile(ShapeRange(8, 40, 64), ShapeRange(1, 7, 16), ShapeRange(1, 2, 4))
@@ -39,9 +41,10 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machi
 
 
 def compiler(
-    folder: Path, arch: FluxArchitecture = ARCH, dtype: torch.dtype = torch.bfloat16, profile: Profile = PROFILE
-):
-    return SegmentCompiler(arch, dtype, CPU, profile, EngineCache(folder), 1.5, Silent())
+    folder: Path, arch: FluxArchitecture = ARCH, dtype: torch.dtype = torch.bfloat16, profile: Profile = PROFILE,
+    progress: Progress | None = None,
+) -> SegmentCompiler:  # fmt: skip
+    return SegmentCompiler(arch, dtype, CPU, profile, EngineCache(folder), 1.5, progress or Silent())
 
 
 def request(name: SegmentName, dtype: torch.dtype = torch.bfloat16) -> Request:
@@ -267,11 +270,50 @@ def test_work_beside_the_caller_returns_raises_and_has_no_gradients() -> None:
         run_cancellable(fail, Silent(), "count")
 
 
-def test_cancel_does_not_wait_for_the_work() -> None:
-    started = time.perf_counter()
-    with pytest.raises(BuildCancelled, match="Cancelled during: sleep"):
-        run_cancellable(lambda: time.sleep(5), CancelledAfter(2), "sleep")
+def nap(seconds: float, log: list[str]) -> None:
+    """Python that goes on for a while, and says whether it came to its end."""
+    ends = time.perf_counter() + seconds
+    try:
+        while time.perf_counter() < ends:
+            time.sleep(0.01)
+        log.append("ended")
+    finally:
+        log.append("left")
+
+
+def test_a_cancel_stops_the_work_and_leaves_no_thread() -> None:
+    """PyTorch's tracing changes `nn.Module` for all threads: it must not go on beside what runs next."""
+    started, log = time.perf_counter(), []
+    with pytest.raises(BuildCancelled, match="Cancelled during: nap"):
+        run_cancellable(lambda: nap(5, log), CancelledAfter(2), "nap")
     assert time.perf_counter() - started < 2
+    assert log == ["left"]
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("trt_core")] == []
+
+
+def test_ctrl_c_stops_the_work_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Interrupted(Silent):
+        def cancelled(self) -> bool:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cancellable(lambda: nap(5, log), Interrupted(), "nap")
+    assert "ended" not in log
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("trt_core")] == []
+
+
+def test_a_cancelled_compilation_can_be_done_again(tmp_path: Path) -> None:
+    """Stopped anywhere, the compiler leaves modules as they were and compiles the next time."""
+    call = torch.nn.Module.__call__
+    for questions in (1, 3, 10, 30):
+        made = compiler(tmp_path, progress=CancelledAfter(questions))
+        with contextlib.suppress(BuildCancelled):
+            made.compile(QKV, Backend.INDUCTOR, Attention.AUTO)
+        assert torch.nn.Module.__call__ is call
+        assert torch.nn.Linear(3, 2)(torch.zeros(1, 3)).shape == (1, 2)
+    assert compiler(tmp_path).compile(QKV, Backend.INDUCTOR, Attention.AUTO) is not None
 
 
 def test_eager_is_compiled_without_a_check(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import shutil
@@ -50,6 +51,8 @@ class InductorSegment:
         self._dynamic = _dynamic_axes(request.segment)
         self._seen: set[tuple[int, ...]] = set()
         load_kernels()
+        # Now and not at the first call, which is in a thread that a cancel stops: half an import cannot be repeated.
+        importlib.import_module("torch._inductor.compile_fx")
         function = _private_copy(request.segment.function, request.segment.name.value)
         self._compiled = torch.compile(function, fullgraph=True, options={"compile_threads": compile_threads})
 
