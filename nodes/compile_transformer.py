@@ -59,8 +59,8 @@ def _inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "attention", options=["auto", "cudnn", "flash", "efficient", "math"], default="auto", advanced=True,
-            tooltip="The attention kernel of compiled blocks. auto measures those that this GPU runs; "
-            "fp8 needs an FP8 model and an H100 or newer.",
+            tooltip="The attention kernel of compiled blocks. auto measures those that this GPU runs, and for FP8 "
+            "models on an H100 or newer one in FP8.",
         ),
         io.Combo.Input(
             "base_weights", options=["auto", "gpu", "host"], default="auto", advanced=True,
