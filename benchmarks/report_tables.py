@@ -40,13 +40,14 @@ def without_cut_off(lines: list[Line], keys: tuple[str, ...]) -> list[Line]:
     for line in lines:
         fields = {(line.get("batch"), name) for name in line}
         measured.setdefault(_case(line, keys), {}).setdefault(line["run"], set()).update(fields)
-    cut_off = {
-        (case, run)
-        for case, runs in measured.items()
-        for before, run in [tuple(runs)[-2:]] * (len(runs) > 1)
-        if len(runs[run]) < len(runs[before])
-    }
+    cut_off = {(case, _cut_off(runs)) for case, runs in measured.items()}
     return [line for line in lines if (_case(line, keys), line["run"]) not in cut_off]
+
+
+def _cut_off(runs: dict[str, set[tuple[Any, str]]]) -> str | None:
+    """The last of these runs, if the one before it measured more."""
+    before, last = [None, *runs][-2:]
+    return last if before is not None and len(runs[last]) < len(runs[before]) else None
 
 
 def _case(line: Line, keys: tuple[str, ...]) -> tuple[Any, ...]:

@@ -100,7 +100,7 @@ class QuantizedWeights(BoundWeights):
         if not shapes:
             self._branches = None
             return
-        if self._branches is None or list(self._branches.shapes.items()) != list(shapes.items()):
+        if self._branches is None or self._branches.shapes != shapes:
             self._branches, changed = Branches.empty(shapes, self._dtype, self.device), new.keys()
         for layer, spans in beside.items():
             if f"{layer}.weight" in changed:

@@ -13,7 +13,6 @@ from .backends.compiler import SegmentCompiler
 from .config import Attention, Backend, CompileConfig
 from .errors import BuildFailed
 from .flux.catalogue import SegmentName
-from .heap import give_back_heap
 from .host import stop_if_cancelled
 from .measure import median_milliseconds
 from .plan import AttentionChoice, Measurement
@@ -102,8 +101,6 @@ class Trials:
         """What checks and measurements used: up to 1.5 GB for a full-size block, of other sizes for the next one."""
         if self.compiler.device.type == "cuda":
             torch.cuda.empty_cache()
-            # Beside TensorRT's builders, where host memory peaks: what compiling a block left in the C library's heap.
-            give_back_heap()
 
     def close_all_but(self, needed: Container[Job]) -> None:
         for key in [key for key in self.compiled if key not in needed]:

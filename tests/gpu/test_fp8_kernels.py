@@ -170,7 +170,7 @@ def test_rows_linear(
     weight, scale = stored(kind, normal(outputs, width, dtype=dtype, seed=2))
     wide = weight if scale is None else storage.dequantize(weight, scale, torch.float64)
     # A view, as one layer's part of all layers' projections is.
-    added = storage.LowRank(normal(outputs, 19, dtype=dtype, seed=3), normal(batch, 40, seed=4)[:, 3:22])
+    added = storage.AddedProduct(normal(outputs, 19, dtype=dtype, seed=3), normal(batch, 40, seed=4)[:, 3:22])
     for b, low_rank in itertools.product((bias, None), (added, None)):
         seen = weights.rows_linear(x, weight, scale, b, low_rank)
         expected = F.linear(x.double(), wide.double(), None if b is None else b.double())
@@ -202,7 +202,7 @@ def test_prepared_kernels_are_those_of_the_first_lora(weights: ModuleType) -> No
     before = len(cache)
     x, down = normal(1, 1024, dtype=torch.bfloat16), normal(64, 1024, seed=1)
     weight, scale = storage.quantize(normal(96, 1024, seed=2))
-    added = storage.LowRank(normal(96, 16, dtype=torch.bfloat16, seed=3), storage.project(x, down)[:, 16:32])
+    added = storage.AddedProduct(normal(96, 16, dtype=torch.bfloat16, seed=3), storage.project(x, down)[:, 16:32])
     storage.linear(x, weight, scale, normal(96, dtype=torch.bfloat16, seed=4), added)
     assert len(cache) == before > 0
 

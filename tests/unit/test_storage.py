@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trt_core.flux import fp8, storage
 from trt_core.flux.branches import Branches
-from trt_core.flux.storage import LowRank
+from trt_core.flux.storage import AddedProduct
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -87,7 +87,7 @@ def test_linear(batch: int, kind: str, with_bias: bool, with_lora: bool) -> None
     x = normal(batch, 256, seed=13, dtype=torch.bfloat16)
     bias = normal(24, seed=14, dtype=torch.bfloat16) if with_bias else None
     weight, scale = stored(kind, normal(24, 256, seed=15, dtype=torch.bfloat16))
-    added = LowRank(normal(24, 4, seed=16, dtype=torch.bfloat16), normal(batch, 4, seed=17)) if with_lora else None
+    added = AddedProduct(normal(24, 4, seed=16, dtype=torch.bfloat16), normal(batch, 4, seed=17)) if with_lora else None
     wide = weight if scale is None else storage.dequantize(weight, scale, torch.float64)
     expected = x.double() @ wide.double().T + (0 if bias is None else bias.double())
     if added is not None:
@@ -104,12 +104,11 @@ def test_branches_are_one_projection_and_a_part_for_each_layer() -> None:
     for index, branch in enumerate(branches.layers.values()):
         branch.up.copy_(normal(*branch.up.shape, seed=index))
     x = normal(2, 64, seed=9)
-    projected = branches.project(x)
+    every = branches.added(x)
     for layer, part in (("a.lin", slice(0, 3)), ("b.lin", slice(3, 8))):
-        added, delta = branches.of(layer, projected), branches.delta(layer)
-        assert added is not None
+        added, delta = every[layer], branches.delta(layer)
         assert delta is not None
         assert error(added.projected, x @ branches.down[part].T) < 1e-6
         assert error(added.projected @ added.up.float().T, x @ delta.T) < 1e-6
-    assert branches.of("c.lin", projected) is None
+    assert "c.lin" not in every
     assert branches.delta("c.lin") is None

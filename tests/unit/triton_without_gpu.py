@@ -59,7 +59,6 @@ def compile_all(capability: int) -> None:
 def plain_calls() -> list[Callable[[], Any]]:
     from trt_core import triton_merge
     from trt_core.flux import triton_kernels, triton_rows, triton_weights
-    from trt_core.low_rank import Term
 
     x, wide, mod = empty(1, 64, HIDDEN), empty(1, 64, 3 * HIDDEN + MLP), empty(1, HIDDEN)
     q = wide[..., :HIDDEN].unflatten(-1, (HEADS, DIM))
@@ -76,9 +75,8 @@ def plain_calls() -> list[Callable[[], Any]]:
         row, beside = empty(batch, HIDDEN), lora(batch)
         calls.append(lambda row=row, beside=beside: triton_weights.rows_linear(row, *integers(), mod[0], beside))
     calls.append(lambda: triton_weights.rows_linear(mod, *integers(), mod[0], None))
-    for dtype, rank, count in ((BF16, 16, 1), (BF16, 32, 1), (FP32, 16, 1), (BF16, 128, 1), (BF16, 16, 2)):
-        term = Term(empty(HIDDEN, rank, dtype=dtype), empty(rank, HIDDEN, dtype=dtype), 1.0)
-        calls.append(lambda terms=[term] * count: triton_merge.merge_low_rank(base, terms, base))
+    for terms in merged_terms():
+        calls.append(lambda terms=terms: triton_merge.merge_low_rank(base, terms, base))
     return calls
 
 
@@ -86,7 +84,6 @@ def fp8_calls() -> list[Callable[[], Any]]:
     from trt_core import triton_merge
     from trt_core.flux import triton_attention, triton_rows, triton_weights
     from trt_core.flux.fp8_attention import QkvStream
-    from trt_core.low_rank import Term
 
     x, mlp, mod, one = empty(1, 64, HIDDEN), empty(1, 64, MLP), empty(1, HIDDEN), empty(1, dtype=FP32)
     norm, cos, base = empty(DIM), empty(64, DIM // 2, dtype=FP32), empty(HIDDEN, HIDDEN)
@@ -105,9 +102,8 @@ def fp8_calls() -> list[Callable[[], Any]]:
         calls.append(lambda scale=scale: triton_weights.rows_linear(mod, out[0], scale, mod[0], lora(1)))
     for delta in (None, base.float()):
         calls.append(lambda delta=delta: triton_weights.merge_quantize_rows(base, delta, 1.0, *out))
-    for dtype, rank, count in ((BF16, 16, 1), (BF16, 32, 1), (FP32, 16, 1), (BF16, 128, 1), (BF16, 16, 2)):
-        term = Term(empty(HIDDEN, rank, dtype=dtype), empty(rank, HIDDEN, dtype=dtype), 1.0)
-        calls.append(lambda terms=[term] * count: triton_merge.merge_low_rank_fp8(base, terms, *out))
+    for terms in merged_terms():
+        calls.append(lambda terms=terms: triton_merge.merge_low_rank_fp8(base, terms, *out))
     return [
         *calls,
         lambda: triton_attention.quantized_qkv(stream, stream, HEADS, 1e-6),
@@ -119,14 +115,25 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
+def merged_terms() -> list[list[Any]]:
+    """LoRAs on one weight for which kernels differ: by dtype, rank and number."""
+    from trt_core.low_rank import Term
+
+    kinds = ((BF16, 16, 1), (BF16, 32, 1), (FP32, 16, 1), (BF16, 128, 1), (BF16, 16, 2))
+    return [
+        [Term(empty(HIDDEN, rank, dtype=dtype), empty(rank, HIDDEN, dtype=dtype), 1.0)] * count
+        for dtype, rank, count in kinds
+    ]
+
+
 def integers() -> tuple[Tensor, Tensor]:
     return empty(HIDDEN, HIDDEN, dtype=torch.int8), empty(HIDDEN, HIDDEN // 128, dtype=FP32)
 
 
 def lora(batch: int) -> Any:
-    from trt_core.flux.storage import LowRank
+    from trt_core.flux.storage import AddedProduct
 
-    return LowRank(empty(HIDDEN, 16), empty(batch, 64, dtype=FP32)[:, 16:32])
+    return AddedProduct(empty(HIDDEN, 16), empty(batch, 64, dtype=FP32)[:, 16:32])
 
 
 def interpret() -> None:

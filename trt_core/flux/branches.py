@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .storage import LowRank, project
+from .storage import AddedProduct, project
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,10 @@ class Branches:
     def bytes(self) -> int:
         return self.down.nbytes + sum(branch.up.nbytes for branch in self.layers.values())
 
-    def project(self, x: Tensor) -> Tensor:
-        """x [B, K] times every `down`, [B, all R]: what `of` takes."""
-        return project(x, self.down)
-
-    def of(self, layer: str, projected: Tensor) -> LowRank | None:
-        """What is added to this layer's product, None where no LoRA changes it."""
-        branch = self.layers.get(layer)
-        return None if branch is None else LowRank(branch.up, projected[:, branch.start : branch.stop])
+    def added(self, x: Tensor) -> dict[str, AddedProduct]:
+        """What is added to the product of x [B, K] with each layer that a LoRA changes."""
+        projected = project(x, self.down)
+        return {name: AddedProduct(b.up, projected[:, b.start : b.stop]) for name, b in self.layers.items()}
 
     def delta(self, layer: str) -> Tensor | None:
         """The same as a matrix [N, K] in fp32."""

@@ -25,12 +25,12 @@ AMAX_FLOOR = 1e-12
 
 def row_scale(x: Tensor) -> Tensor:
     """fp32 [..., 1]: max(|x|) over the last axis, / 448. NaN for a row that holds NaN, inf for one that holds inf."""
-    return _scale(x.abs().amax(-1, keepdim=True))
+    return scale_of(x.abs().amax(-1, keepdim=True))
 
 
 def tensor_scale(x: Tensor) -> Tensor:
     """fp32 [1]: max(|x|) over all of `x`, / 448."""
-    return _scale(x.abs().amax().reshape(1))
+    return scale_of(x.abs().amax().reshape(1))
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,10 +123,11 @@ def merge_quantize(
     return weight, scale
 
 
-def _scale(amax: Tensor) -> Tensor:
+def scale_of(amax: Tensor, largest: float = FP8_MAX) -> Tensor:
+    """fp32: `amax` / `largest`, the same bits on every device."""
     amax = amax.float().clamp(min=AMAX_FLOOR)
     # A GPU divides by a Python number as a product with its reciprocal, which is not the same bits.
-    return amax / torch.full_like(amax, FP8_MAX)
+    return amax / torch.full_like(amax, largest)
 
 
 def _merged(base: Tensor, delta: Tensor | None, factor: float) -> Tensor:

@@ -10,13 +10,12 @@ What rounding does to a logit grows with the norms' weights, and sharp softmaxes
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import cudnn_attention, fused
+from . import cudnn_attention, fused, operators
 from .fp8 import FP8, FP8_MAX, quantize_tensor, tensor_scale
 from .rope import rotate
 
@@ -110,20 +109,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _rounded(out).transpose(1, 2).contiguous()
 
 
-def _defined() -> torch._ops.OpOverload:
-    """attention(q, k, v): E4M3 [B, L, H, D] of E4M3 operands of that shape, in units of v's scale.
-
-    An operator, because Dynamo cannot trace cuDNN's front end. Defined by hand: what `torch.library.custom_op` puts
-    around each call took Python longer than all else of a block.
-    """
-    _LIBRARY.define("attention(Tensor q, Tensor k, Tensor v) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl("attention", cudnn_attention.attend, "CUDA")
-    _LIBRARY.impl("attention", reference, "CPU")
-    _LIBRARY.impl("attention", lambda q, k, v: torch.empty_like(v), "Meta")
-    return getattr(torch.ops, _NAMESPACE).attention.default
-
-
-# A name of its own where the package is imported twice, as a library and as a ComfyUI pack, whose name is a path.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
-_LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
-_OPERATOR = _defined()
+# attention(q, k, v): E4M3 [B, L, H, D] of E4M3 operands of that shape, in units of v's scale. An operator, because
+# Dynamo cannot trace cuDNN's front end.
+_OPERATOR = operators.define(
+    __name__, "attention(Tensor q, Tensor k, Tensor v) -> Tensor",
+    cudnn_attention.attend, reference, lambda q, k, v: torch.empty_like(v),
+)  # fmt: skip

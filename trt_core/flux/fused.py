@@ -12,7 +12,6 @@ single block, whose linear layers are cut so that nothing has to be joined, 2.02
 from __future__ import annotations
 
 import importlib.util
-import re
 from functools import cache
 from types import ModuleType
 
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import operators
 from .rope import rotate
 
 EPS = 1e-6
@@ -152,25 +152,13 @@ def _accumulated_product(attn: Tensor, mlp: Tensor, weight: Tensor, bias: Tensor
     return out.unflatten(0, attn.shape[:-1])
 
 
-def _defined() -> torch._ops.OpOverload:
-    """accumulated_product(attn, mlp, weight, bias): an operator, because Inductor calls `addmm` out of place, and then
-    PyTorch copies the first result before cuBLAS adds onto the copy.
-
-    Defined by hand: what `torch.library.custom_op` puts around each call takes too long (see `fp8_attention`).
-    """
-    signature = "accumulated_product(Tensor attn, Tensor mlp, Tensor weight, Tensor bias) -> Tensor"
-    _LIBRARY.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
-    for device in ("CUDA", "CPU"):
-        _LIBRARY.impl("accumulated_product", _accumulated_product, device)
-    _LIBRARY.impl("accumulated_product", _empty_product, "Meta")
-    return getattr(torch.ops, _NAMESPACE).accumulated_product.default
-
-
 def _empty_product(attn: Tensor, mlp: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return attn.new_empty((*attn.shape[:-1], weight.shape[0]))
 
 
-# A name of its own where the package is imported twice, as a library and as a ComfyUI pack, whose name is a path.
-_NAMESPACE = re.sub(r"\W", "_", __name__)
-_LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
-_ACCUMULATED_PRODUCT = _defined()
+# An operator, because Inductor calls `addmm` out of place, and then PyTorch copies the first result before cuBLAS adds
+# onto the copy.
+_ACCUMULATED_PRODUCT = operators.define(
+    __name__, "accumulated_product(Tensor attn, Tensor mlp, Tensor weight, Tensor bias) -> Tensor",
+    _accumulated_product, _accumulated_product, _empty_product,
+)  # fmt: skip

@@ -57,8 +57,8 @@ class Modulations:
     """
 
     def __init__(self, weights: Weights, hidden: int, vec: Tensor, branches: Branches | None = None) -> None:
-        self._weights, self._hidden, self._activated, self._branches = weights, hidden, F.silu(vec), branches
-        self._projected = None if branches is None else branches.project(self._activated)
+        self._weights, self._hidden, self._activated = weights, hidden, F.silu(vec)
+        self._added = {} if branches is None else branches.added(self._activated)
 
     def __call__(self, name: str) -> Tensor:
         """[n, B, hidden]: the shifts, scales and gates that the block's linear layer makes of silu(vec) [B, hidden]."""
@@ -70,11 +70,9 @@ class Modulations:
         return out.unflatten(-1, (-1, self._hidden)).transpose(0, 1).contiguous()
 
     def _product(self, layer: str) -> Tensor:
-        added = None
-        if self._branches is not None and self._projected is not None:
-            added = self._branches.of(layer, self._projected)
         weight, bias = self._weights[f"{layer}.weight"], self._weights[f"{layer}.bias"]
-        return storage.linear(self._activated, weight, self._weights.get(f"{layer}.{SCALE}"), bias, added)
+        scale = self._weights.get(f"{layer}.{SCALE}")
+        return storage.linear(self._activated, weight, scale, bias, self._added.get(layer))
 
 
 def final_layer(weights: Weights, img: Tensor, vec: Tensor, scale_first: bool) -> Tensor:

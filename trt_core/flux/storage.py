@@ -24,7 +24,7 @@ INT8 = torch.int8
 _LARGEST = 127.0
 
 
-class LowRank(NamedTuple):
+class AddedProduct(NamedTuple):
     """`up` [N, R] times `projected` [B, R] (fp32): what LoRAs add to a product, beside the stored matrix."""
 
     up: Tensor
@@ -43,8 +43,7 @@ def quantize(value: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[T
     """
     rows, width = value.shape
     wide = value.float().view(rows, groups(width), -1)
-    amax = wide.abs().amax(-1, keepdim=True).clamp(min=fp8.AMAX_FLOOR)
-    scale = amax / torch.full_like(amax, _LARGEST)  # as `fp8`: a division by a Python number is not the same on a GPU
+    scale = fp8.scale_of(wide.abs().amax(-1, keepdim=True), _LARGEST)
     q = (wide / scale).round_().view(rows, width).to(INT8)
     if out is None:
         return q, scale.squeeze(-1)
@@ -62,7 +61,7 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, added: LowRank | None = None
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, added: AddedProduct | None = None
 ) -> Tensor:
     """x @ weight.T + bias + what LoRAs add, as [B, N] in x's dtype, summed in fp32, rounded once.
 
@@ -81,7 +80,7 @@ def linear(
 
 
 def project(x: Tensor, down: Tensor) -> Tensor:
-    """x @ down.T in fp32 [B, R]: `LowRank.projected`. x [B, K], down [R, K] in fp32."""
+    """x @ down.T in fp32 [B, R]: `AddedProduct.projected`. x [B, K], down [R, K] in fp32."""
     kernels = fused.weight_kernels(down)
     if kernels is not None and x.shape[0] <= kernels.MAX_BATCH:
         return kernels.rows_linear(x, down, None, None, None, torch.float32)
@@ -95,5 +94,5 @@ def prepare(width: int, batch: int, dtype: torch.dtype, device: torch.device) ->
         return
     x, bias = torch.zeros((batch, width), dtype=dtype, device=device), torch.zeros(16, dtype=dtype, device=device)
     weight, scale = quantize(torch.zeros((16, width), device=device))
-    added = LowRank(bias.new_zeros((16, 16)), project(x, torch.zeros((16, width), device=device)))
+    added = AddedProduct(bias.new_zeros((16, 16)), project(x, torch.zeros((16, width), device=device)))
     linear(x, weight, scale, bias, added)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .storage import GROUP, LowRank
+from .storage import GROUP, AddedProduct
 from .triton_rows import amax_bits, clamped, scale_from_bits
 
 MAX_BATCH = 8
@@ -111,7 +111,7 @@ def merge_quantize_rows(base: Tensor, delta: Tensor | None, factor: float, weigh
 
 
 def rows_linear(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, added: LowRank | None,
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, added: AddedProduct | None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """`storage.linear` as [B, N] in `dtype` (x's own): x [B, K], B up to MAX_BATCH, times `weight` [N, K]."""
