@@ -6,9 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.comfy.checkpoint import write_lora_kohya
 from tests.comfy.fp8 import LEAST, MOST, fp8
 from tests.comfy.graph import FluxGraph, Link
+from tests.comfy.models import DEV
 from tests.comfy.pack import TOLERANCE, compiled, run
+from tests.comfy.process import ServerProcess
 from tests.comfy.server import NodeError, Server
 from tests.comfy.tensors import relative_error
 
@@ -85,6 +88,26 @@ def test_switching_loras_ends_where_it_began(server: Server) -> None:
     first = {lora: picture(lora) for lora in ("a.safetensors", "b.safetensors", None)}
     for lora in ("b.safetensors", "a.safetensors", None, "a.safetensors"):
         assert torch.equal(picture(lora), first[lora])
+
+
+def test_a_lora_on_modulations_alone_arrives_whole_and_leaves_no_trace(
+    server: Server, server_process: ServerProcess
+) -> None:
+    """Beside the stored matrix: merged into its integers, 1.12 of a strength of 0.1 arrived."""
+    name = "modulations.safetensors"
+    write_lora_kohya(server_process.models / "loras" / name, DEV, seed=5, only=r"mod")
+
+    def picture(strength: float, *, in_fp8: bool) -> torch.Tensor:
+        graph = FluxGraph()
+        model = compiled(graph, fp8(graph, graph.unet())) if in_fp8 else graph.unet()
+        model = graph.lora(model, name, strength) if strength else model
+        return server.latent(graph, graph.sample(model, graph.text()))
+
+    base, plain = picture(0, in_fp8=True), picture(0, in_fp8=False)
+    for strength in (1.0, 0.1):
+        seen, exact = picture(strength, in_fp8=True) - base, picture(strength, in_fp8=False) - plain
+        assert float((seen * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=0.05)
+        assert torch.equal(picture(0, in_fp8=True), base)
 
 
 @pytest.mark.parametrize("compile_", [True, False])
