@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .execution import BlockWeights, DoubleBlock, Pe, SingleBlock
 from .flux.branches import Branches
+from .flux.modulation_table import ModulationOf, ModulationTable
 from .flux.stem import Modulations
 
 
@@ -18,11 +19,13 @@ class BlockRunner:
     def __init__(
         self, double: Sequence[DoubleBlock], single: Sequence[SingleBlock], tensors: Mapping[str, Tensor], hidden: int,
         double_weights: Sequence[BlockWeights], single_weights: Sequence[BlockWeights], branches: Branches | None,
+        table: ModulationTable | None,
     ) -> None:  # fmt: skip
         self._double, self._single, self._tensors, self._hidden = double, single, tensors, hidden
         self._double_weights, self._single_weights, self._branches = double_weights, single_weights, branches
+        self._table = table
         self._vec: Tensor | None = None
-        self._modulations: Modulations | None = None
+        self._modulations: ModulationOf | None = None
 
     @torch.no_grad()
     def double(
@@ -41,8 +44,13 @@ class BlockRunner:
     def _modulation(self, name: str, vec: Tensor) -> Tensor:
         if self._modulations is None or self._vec is not vec:
             self._vec = vec
-            self._modulations = Modulations(self._tensors, self._hidden, vec, self._branches)
+            self._modulations = self._modulations_of(vec)
         return self._modulations(name)
+
+    def _modulations_of(self, vec: Tensor) -> ModulationOf:
+        if self._table is None or not self._table.takes(vec.shape[0]):
+            return Modulations(self._tensors, self._hidden, vec, self._branches)
+        return self._table.modulations(vec, vec.shape[0], None, self._branches)
 
 
 _STREAMS = ("img", "txt")

@@ -18,7 +18,6 @@ from .config import CompileConfig, Layout, Profile
 from .engine_cache import EngineCache
 from .errors import ShapeOutsideProfile
 from .execution import BlockWeights, DoubleBlock, SingleBlock
-from .flux import storage
 from .flux.architecture import FluxArchitecture
 from .flux.catalogue import BlockKind
 from .flux.precision import PLAIN, Precision
@@ -172,11 +171,6 @@ class Compilation:
         _LOG.info("shape outside the profile: building again for up to %d image tokens", img_tokens)
         return wanted.widened(batch, img_tokens, txt_tokens)
 
-    def _prepare_merges(self, bound: Bound, with_fp8: bool, profile: Profile, progress: Progress) -> None:
-        low_rank_merge.prepare(bound.device, bound.dtype, with_fp8, progress)
-        if with_fp8:
-            storage.prepare(self._arch.hidden, profile.batch.opt, bound.dtype, bound.device)
-
     def _compile(
         self, key: tuple[Layout | None, Precision, Precision], bound: Bound, profile: Profile, samples: Samples,
         progress: Progress,
@@ -189,7 +183,7 @@ class Compilation:
             {kind: samples[kind, p] for kind, p in zip(BlockKind, precisions, strict=True) if (kind, p) in samples},
         )  # fmt: skip
         # Before there is anything that a cancel would have to close.
-        self._prepare_merges(bound, any(p.fp8 for p in precisions), profile, progress)
+        low_rank_merge.prepare(bound.device, bound.dtype, any(p.fp8 for p in precisions), progress)
         plan, segments = PlanSearch(compiler, self._config, layout).run()
         compiled = CompiledBlocks.of(plan, segments)
         if (before := self._compiled.pop(key, None)) is not None:

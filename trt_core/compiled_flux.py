@@ -19,12 +19,15 @@ from .fp8_model import gather
 from .fp8_recipe import attached_recipe
 from .host import Progress
 from .report import Report
+from .schedule import Schedule
 from .terminal import TerminalProgress
 
 _STATE = "_trt_state"
 
 
-def compile_flux(transformer: nn.Module, config: CompileConfig, progress: Progress | None) -> nn.Module:
+def compile_flux(
+    transformer: nn.Module, config: CompileConfig, progress: Progress | None, schedule: Schedule
+) -> nn.Module:
     """Gives the transformer the compiled class; raises `UnsupportedModel` for another model."""
     if not isinstance(transformer, flux_class()):
         raise UnsupportedModel(
@@ -36,7 +39,8 @@ def compile_flux(transformer: nn.Module, config: CompileConfig, progress: Progre
     arch = architecture_of(transformer)
     refuse_foreign_forward(transformer)
     # Not a registered submodule or buffer: state_dict, device and parameters stay diffusers' own.
-    object.__setattr__(transformer, _STATE, CompiledState(transformer, arch, config, progress or TerminalProgress()))
+    state = CompiledState(transformer, arch, config, progress or TerminalProgress(), schedule)
+    object.__setattr__(transformer, _STATE, state)
     swap_class(transformer, _compiled_class(type(transformer)))
     return transformer
 
@@ -107,6 +111,7 @@ def _forward(
             *state.overrides(),
         )
         dtype = self.x_embedder.weight.dtype if hasattr(self.x_embedder, "weight") else hidden_states.dtype
+        state.follow_schedule(dtype, hidden_states.device)
         output = state.module(
             hidden_states, encoder_hidden_states, timestep.to(dtype), pooled_projections, img_ids, txt_ids,
             None if guidance is None else guidance.to(dtype), extras,

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .config import CompileConfig
@@ -22,6 +23,7 @@ from .fp8_weights import Fp8Weights
 from .host import Progress
 from .mutable_module import MutableTRTModule
 from .peft_patches import read_patches
+from .schedule import Schedule
 from .weights import WeightPatches
 
 _LOG = logging.getLogger("trt_core.diffusers")
@@ -30,19 +32,21 @@ _LOG = logging.getLogger("trt_core.diffusers")
 class CompiledState:
     """Everything of ours that belongs to one transformer: the module, the binding, and what changed since."""
 
-    def __init__(self, model: nn.Module, arch: FluxArchitecture, config: CompileConfig, progress: Progress) -> None:
+    def __init__(
+        self, model: nn.Module, arch: FluxArchitecture, config: CompileConfig, progress: Progress, schedule: Schedule
+    ) -> None:
         self.module = MutableTRTModule(arch, config, progress)
         self.eager: dict[str, str] = {}
         self._binding: DiffusersBinding | None = None
         self._model_said: set[str] = set()
-        self._model = model
+        self._model, self._schedule = model, schedule
         self._recipe: Fp8Recipe | None = None
         self._bases: ChangedBases | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledState:
         """A copied transformer binds its own weights and compiles at its first call, from the cache where it can."""
         module = self.module
-        return CompiledState(copy.deepcopy(self._model, memo), module.arch, module.config, module.progress)
+        return CompiledState(copy.deepcopy(self._model, memo), module.arch, module.config, module.progress, Schedule())
 
     def prepare(self) -> bool:
         """Brings weights up to date with what diffusers and PEFT did since the last call.
@@ -67,6 +71,14 @@ class CompiledState:
         self.say(eager)
         self._refit({n: p for n, p in peft.weights.items() if _block_of(n) not in eager})
         return True
+
+    def follow_schedule(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Tells the module which timesteps come next, where a new schedule began.
+
+        At each beginning kept modulations go: parameters can be changed in place, which nothing here would see.
+        """
+        if self._schedule.is_new():
+            self.module.expect(self._schedule.timesteps(dtype, device))
 
     def release(self) -> None:
         """Base weights back, parameters on the bound tensors, nothing applied: before others read or move weights."""
@@ -144,12 +156,19 @@ class CompiledState:
             self._bind()
             return
         moved = self._binding.moved()
+        if moved:
+            self.module.forget_modulations()
         if moved and self._recipe is not None:
             self._bind_anew(moved)
         elif moved:
             self._bring_home(self._binding, moved)
-        elif self._bases is not None and isinstance(weights := self.module.weights, Fp8Weights):
-            weights.quantize_again(self._bases.changed())
+        elif self._bases is not None and (changed := self._bases.changed()):
+            self._quantize_again(changed)
+
+    def _quantize_again(self, names: list[str]) -> None:
+        if isinstance(weights := self.module.weights, Fp8Weights):
+            weights.quantize_again(names)
+            self.module.forget_modulations()
 
     def _bring_home(self, binding: DiffusersBinding, moved: list[Slot]) -> None:
         restored = {slot.name for slot in moved} & self.module.weights.touched

@@ -59,8 +59,9 @@ def compile_transformer(
     if config.backend is Backend.MTTM:
         return _with_stock_module(pipe_or_transformer, transformer)
     from .compiled_flux import compile_flux
+    from .schedule import Schedule
 
-    return compile_flux(transformer, config, progress)
+    return compile_flux(transformer, config, progress, Schedule(pipe_or_transformer))
 
 
 def restore_transformer(pipe_or_transformer: Any) -> nn.Module:

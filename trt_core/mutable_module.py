@@ -17,8 +17,9 @@ from .errors import OutOfMemory, TRTError
 from .execution import BlockWeights
 from .extras import Extras
 from .flux.architecture import FluxArchitecture
+from .flux.modulation_table import ModulationTable, why_no_table
 from .flux.weights import check_complete, weight_shapes
-from .fp8_recipe import Fp8Recipe
+from .fp8_recipe import Fp8Recipe, is_modulation
 from .fp8_weights import Fp8Weights, Placed, base_place
 from .given_fp8 import GivenFp8, GivenFp8Weights
 from .host import Progress, Silent
@@ -66,6 +67,7 @@ class MutableTRTModule:
         self._samples: Samples = {}
         self._ranges = RangeCheck(arch)
         self._graphs = StepGraphs()
+        self._table: ModulationTable | None = None
         self._double_weights: list[BlockWeights] = []
         self._single_weights: list[BlockWeights] = []
         self._scale_first = False
@@ -145,6 +147,8 @@ class MutableTRTModule:
         if kind != self._compiled_kind:
             self._compilation.close()
         self._weights, self._compiled_kind, self._recipe = weights, kind, fp8
+        why_not = why_no_table(weights.tensors, self.arch, weights.dtype)
+        self._table = ModulationTable(weights.tensors, self.arch, weights.dtype) if why_not is None else None
         self._describe()
         self.state = ModuleState.LOADED if self._compilation.empty else ModuleState.READY
 
@@ -174,11 +178,34 @@ class MutableTRTModule:
         if not self.weights.needs(patches):
             return None
         touched = {*patches, *self.weights.touched}
-        self.last_refit = self._refit(patches)
+        try:
+            self.last_refit = self._refit(patches)
+        finally:
+            if any(is_modulation(name.rpartition(".")[0]) for name in touched):
+                self.forget_modulations()
         if self._recipe is not None and any(name.endswith(NORMS) for name in touched):
             self._describe()
         self._ranges.restart()
         return self.last_refit
+
+    def expect(self, timesteps: Tensor | None) -> None:
+        """The timesteps of the schedule that begins, as calls will give them, to the bit; None: nobody knows them.
+
+        Modulations are then computed once for many steps (`ModulationTable`). A guess that is wrong costs nothing.
+        """
+        if self._table is not None:
+            self._table.forget()
+            self._table.expect(timesteps)
+
+    def forget_modulations(self) -> None:
+        """After a change of weights that was no `refit`."""
+        if self._table is not None:
+            self._table.forget()
+
+    @property
+    def table_bytes(self) -> int:
+        """What kept modulations take on the GPU."""
+        return 0 if self._table is None else self._table.bytes
 
     def _refit(self, patches: Mapping[str, WeightPatches]) -> RefitReport:
         try:
@@ -212,7 +239,7 @@ class MutableTRTModule:
 
     def _let_go(self) -> None:
         self._graphs.drop()
-        self._weights, self._bound, self._samples = None, None, {}
+        self._weights, self._bound, self._samples, self._table = None, None, {}, None
         self._ranges = RangeCheck(self.arch)
         self._double_weights, self._single_weights = [], []
 
@@ -234,7 +261,7 @@ class MutableTRTModule:
         weights, choices = self.weights, self._compilation.choices
         step = Step(
             self.arch, blocks, weights.tensors, self._double_weights, self._single_weights, weights.dtype,
-            self._scale_first, extras, weights.branches,
+            self._scale_first, extras, weights.branches, self._table,
         )  # fmt: skip
         why_not = why_not_graph(
             inputs, extras, weights.device, choices, wanted=self.config.cuda_graph, watched=self._ranges.watching
@@ -245,7 +272,7 @@ class MutableTRTModule:
     def runner(self, batch: int, img_tokens: int, txt_tokens: int, masked: bool = False) -> BlockRunner:
         """The blocks one by one for these shapes, compiled now where they are not. Raises as the call does."""
         blocks = self.blocks_for(batch, img_tokens, txt_tokens, masked)
-        bound = (self._double_weights, self._single_weights, self.weights.branches)
+        bound = (self._double_weights, self._single_weights, self.weights.branches, self._table)
         return BlockRunner(blocks.double, blocks.single, self.weights.tensors, self.arch.hidden, *bound)
 
     def reconfigure(self, config: CompileConfig) -> None:
@@ -267,7 +294,10 @@ class MutableTRTModule:
         if self._bound is None:
             raise TRTError("No weights are bound.", fix="Call load() first.")
         shapes = Shapes(batch, img_tokens, txt_tokens, masked)
+        builds = self.builds
         blocks = self._compilation.blocks(self._bound, shapes, self._samples, self.progress)
+        if self._table is not None and self._recipe is not None and builds != self.builds and self._table.takes(batch):
+            self._table.prepare(batch)
         self.state = ModuleState.READY
         return self._ranges.watched(blocks)
 

@@ -15,6 +15,7 @@ from .extras import Extras
 from .flux import stem
 from .flux.architecture import FluxArchitecture
 from .flux.branches import Branches
+from .flux.modulation_table import ModulationOf, ModulationTable
 from .flux.rope import rope_cos_sin
 
 
@@ -51,12 +52,13 @@ class Step:
     scale_first: bool
     extras: Extras
     branches: Branches | None = None
+    table: ModulationTable | None = None
+    """Where modulations of steps to come are kept; None: each step computes its own."""
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         """[B, n_img, out_channels]"""
         weights, txt_tokens = self.tensors, inputs.txt.shape[1]
-        vec = stem.conditioning(weights, self.arch, inputs.timesteps, inputs.guidance, inputs.y)
-        modulation = stem.Modulations(weights, self.arch.hidden, vec, self.branches)
+        vec, modulation = self._conditioning(inputs)
         ids = torch.cat((inputs.txt_ids, inputs.img_ids))
         pe = Pe(*rope_cos_sin(ids, self.arch.axes_dim, self.arch.theta), txt_tokens)
         img = stem.linear(weights, "img_in", inputs.img.to(self.dtype))
@@ -65,8 +67,18 @@ class Step:
         x = self._single_blocks(torch.cat((txt, img), dim=1), vec, modulation, pe)
         return stem.final_layer(weights, x[:, txt_tokens:], vec, self.scale_first)
 
+    def _conditioning(self, inputs: StepInputs) -> tuple[Tensor, ModulationOf]:
+        """vec [B, hidden], and what the blocks make of it."""
+        weights, batch, given = self.tensors, inputs.timesteps.shape[0], (inputs.timesteps, inputs.guidance, inputs.y)
+        if self.table is None or not self.table.takes(batch):
+            vec = stem.conditioning(weights, self.arch, *given)
+            return vec, stem.Modulations(weights, self.arch.hidden, vec, self.branches)
+        times, guidance, y = self.table.rows(*given)
+        vec = stem.conditioning(weights, self.arch, times, guidance, y)
+        return vec[:batch], self.table.modulations(vec, batch, times, self.branches)
+
     def _double_blocks(
-        self, img: Tensor, txt: Tensor, vec: Tensor, modulation: stem.Modulations, pe: Pe
+        self, img: Tensor, txt: Tensor, vec: Tensor, modulation: ModulationOf, pe: Pe
     ) -> tuple[Tensor, Tensor]:
         extras = self.extras
         for index, weights in enumerate(self.double_weights):
@@ -82,7 +94,7 @@ class Step:
                 img = img + residual.to(img.dtype)
         return img, txt
 
-    def _single_blocks(self, x: Tensor, vec: Tensor, modulation: stem.Modulations, pe: Pe) -> Tensor:
+    def _single_blocks(self, x: Tensor, vec: Tensor, modulation: ModulationOf, pe: Pe) -> Tensor:
         extras = self.extras
         for index, weights in enumerate(self.single_weights):
             override = extras.single_overrides.get(index)

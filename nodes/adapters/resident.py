@@ -56,7 +56,7 @@ class BoundPatcher(comfy.model_patcher.ModelPatcher):
 
     def model_size(self) -> int:
         resident = self._resident()
-        return self.size + self._base_bytes() + (resident.branch_bytes if resident is not None else 0)
+        return self.size + self._base_bytes() + (resident.beside_bytes if resident is not None else 0)
 
     def loaded_size(self) -> int:
         return self.model_size() if self.bound else 0
@@ -217,9 +217,11 @@ class Resident:
         return self.module.weights.base_gpu_bytes if self.companion.bound and self.module is not None else 0
 
     @property
-    def branch_bytes(self) -> int:
-        """What LoRAs take that are applied beside FP8 modulations."""
-        return self.module.weights.branch_bytes if self.companion.bound and self.module is not None else 0
+    def beside_bytes(self) -> int:
+        """What lies beside bound weights: LoRAs on FP8 modulations, and modulations that are kept for later steps."""
+        if not self.companion.bound or self.module is None:
+            return 0
+        return self.module.weights.branch_bytes + self.module.table_bytes
 
     def free_bases(self, wanted_bytes: float) -> int:
         """Lets go of copies of base weights on the device; they are read from ComfyUI's own copy when needed."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -159,54 +158,6 @@ def test_merge_rounds_every_e4m3_tie_to_even(weights: ModuleType) -> None:
     assert torch.equal(bits(q), bits(row.cpu().to(fp8.FP8)))
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 8])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("outputs", "width"), [(37, 40), (96, 3072), (16, 15360), (24, 640)])
-@pytest.mark.parametrize("kind", ["int8", "row", "tensor", "plain"])
-def test_rows_linear(
-    weights: ModuleType, batch: int, dtype: torch.dtype, outputs: int, width: int, kind: str
-) -> None:  # fmt: skip
-    x, bias = normal(batch, width, dtype=dtype), normal(outputs, dtype=dtype, seed=1)
-    weight, scale = stored(kind, normal(outputs, width, dtype=dtype, seed=2))
-    wide = weight if scale is None else storage.dequantize(weight, scale, torch.float64)
-    # A view, as one layer's part of all layers' projections is.
-    added = storage.AddedProduct(normal(outputs, 19, dtype=dtype, seed=3), normal(batch, 40, seed=4)[:, 3:22])
-    for b, low_rank in itertools.product((bias, None), (added, None)):
-        seen = weights.rows_linear(x, weight, scale, b, low_rank)
-        expected = F.linear(x.double(), wide.double(), None if b is None else b.double())
-        if low_rank is not None:
-            expected += F.linear(low_rank.projected.double(), low_rank.up.double())
-        assert seen.dtype is dtype
-        assert relative_l2(seen, expected) < torch.finfo(dtype).eps * 0.5 + 1e-6
-
-
-def stored(kind: str, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    if kind == "plain":
-        return weight, None
-    return storage.quantize(weight) if kind == "int8" else fp8.merge_quantize(weight, None, 1.0, per_row=kind == "row")
-
-
-def test_a_projections_sums_do_not_depend_on_other_rows(weights: ModuleType) -> None:
-    """A to B has the bits of a fresh B, whatever else B's LoRAs are projected beside."""
-    x, down = normal(2, 3072, dtype=torch.bfloat16), normal(40, 3072, seed=1)
-    whole = weights.rows_linear(x, down, None, None, None, torch.float32)
-    part = weights.rows_linear(x, down[3:19], None, None, None, torch.float32)
-    assert torch.equal(whole[:, 3:19], part)
-    assert relative_l2(whole, x.double() @ down.double().T) < 1e-6
-
-
-def test_prepared_kernels_are_those_of_the_first_lora(weights: ModuleType) -> None:
-    kernel, device = weights._row_sums_kernel, torch.device("cuda", 0)
-    storage.prepare(1024, 1, torch.bfloat16, device)
-    cache = kernel.device_caches[0][0]
-    before = len(cache)
-    x, down = normal(1, 1024, dtype=torch.bfloat16), normal(64, 1024, seed=1)
-    weight, scale = storage.quantize(normal(96, 1024, seed=2))
-    added = storage.AddedProduct(normal(96, 16, dtype=torch.bfloat16, seed=3), storage.project(x, down)[:, 16:32])
-    storage.linear(x, weight, scale, normal(96, dtype=torch.bfloat16, seed=4), added)
-    assert len(cache) == before > 0
-
-
 def test_integers_on_the_gpu_have_the_bits_of_the_cpu() -> None:
     value = normal(65, 3072, dtype=torch.bfloat16)
     for seen, expected in zip(storage.quantize(value), storage.quantize(value.cpu()), strict=True):
@@ -276,13 +227,10 @@ class TestOnTheGpu:
             assert name in names
         assert "_modulated_norm_kernel" not in kernel_names(lambda: chain(x))
 
-    def test_eager_weight_calls_use_the_kernels(self) -> None:
-        base, x = normal(64, 256, dtype=torch.bfloat16), normal(1, 256, dtype=torch.bfloat16)
+    def test_eager_merges_use_the_kernel(self) -> None:
+        base = normal(64, 256, dtype=torch.bfloat16)
         fp8.merge_quantize(base, None, 1.0)
         assert "_merge_kernel" in kernel_names(lambda: fp8.merge_quantize(base, None, 1.0))
-        for kind in ("int8", "row"):
-            assert "_row_sums_kernel" in kernel_names(lambda kind=kind: storage.linear(x, *stored(kind, base), None))
-        assert "_row_sums_kernel" in kernel_names(lambda: storage.project(x, base.float()))
 
 
 def kernel_names(function: Callable[[], object]) -> str:

@@ -48,6 +48,8 @@ OPTIONS: dict[str, Any] = {"backend": "eager", "progress": Silent()}
         ("void gemv2T_kernel_val<int, int, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16, float, 128, 16, 4, 4, false>",
          Kind.MODULATION),
         ("_row_sums_kernel", Kind.MODULATION),
+        ("_modulations_kernel", Kind.MODULATION),
+        ("_compare_kernel", Kind.MODULATION),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1_kernel0_0",
          Kind.ATTENTION),
         ("void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<128, 128, 64, 4>>",

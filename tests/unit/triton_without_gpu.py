@@ -58,7 +58,7 @@ def compile_all(capability: int) -> None:
 
 def plain_calls() -> list[Callable[[], Any]]:
     from trt_core import triton_merge
-    from trt_core.flux import triton_kernels, triton_rows, triton_weights
+    from trt_core.flux import triton_kernels, triton_rows
 
     x, wide, mod = empty(1, 64, HIDDEN), empty(1, 64, 3 * HIDDEN + MLP), empty(1, HIDDEN)
     q = wide[..., :HIDDEN].unflatten(-1, (HEADS, DIM))
@@ -68,13 +68,10 @@ def plain_calls() -> list[Callable[[], Any]]:
         lambda: triton_rows.modulated_norm(x, mod, mod, 1e-6),
         lambda: triton_rows.join_gelu(x, wide[..., 3 * HIDDEN :]),
         lambda: triton_kernels.norm_rope(q, q, norm, norm, cos, cos, cos, cos, 0, 1e-6),
-        lambda: triton_weights.rows_linear(mod, base, None, mod[0], None),
-        lambda: triton_weights.rows_linear(mod, empty(32, HIDDEN, dtype=FP32), None, None, None, FP32),
     ]
-    for batch in (1, 2, triton_weights.MAX_BATCH):
-        row, beside = empty(batch, HIDDEN), lora(batch)
-        calls.append(lambda row=row, beside=beside: triton_weights.rows_linear(row, *integers(), mod[0], beside))
-    calls.append(lambda: triton_weights.rows_linear(mod, *integers(), mod[0], None))
+    for batch in (1, 2, 8):
+        for dtype, scales in ((BF16, 0), (torch.int8, 2), (torch.int8, 1)):
+            calls.append(lambda batch=batch, dtype=dtype, scales=scales: modulations(batch, dtype, scales))
     for terms in merged_terms():
         calls.append(lambda terms=terms: triton_merge.merge_low_rank(base, terms, base))
     return calls
@@ -98,8 +95,7 @@ def fp8_calls() -> list[Callable[[], Any]]:
             lambda scale=scale: triton_rows.gelu_fp8(mlp, scale),
             lambda scale=scale: triton_rows.quantize_fp8(x, scale),
         ]
-    for scale in (one, out[1]):
-        calls.append(lambda scale=scale: triton_weights.rows_linear(mod, out[0], scale, mod[0], lora(1)))
+    calls.append(lambda: modulations(1, FP8, 1))
     for delta in (None, base.float()):
         calls.append(lambda delta=delta: triton_weights.merge_quantize_rows(base, delta, 1.0, *out))
     for terms in merged_terms():
@@ -126,37 +122,44 @@ def merged_terms() -> list[list[Any]]:
     ]
 
 
-def integers() -> tuple[Tensor, Tensor]:
-    return empty(HIDDEN, HIDDEN, dtype=torch.int8), empty(HIDDEN, HIDDEN // 128, dtype=FP32)
+def modulations(batch: int, dtype: torch.dtype, scales: int) -> None:
+    from trt_core.flux import triton_modulation as kernels
 
-
-def lora(batch: int) -> Any:
-    from trt_core.flux.storage import AddedProduct
-
-    return AddedProduct(empty(HIDDEN, 16), empty(batch, 64, dtype=FP32)[:, 16:32])
+    vec, keys, table = empty(kernels.ROWS, HIDDEN), empty(64, HIDDEN), empty(64, 9 * HIDDEN)
+    times = kernels.following(empty(batch), empty(1024, dtype=FP32))
+    found = kernels.find(vec, batch, times, keys, empty(1, dtype=torch.int32))
+    kernels.find(vec, batch, None, keys, empty(1, dtype=torch.int32))
+    fields, blocks = empty(3, kernels.FIELDS, dtype=torch.int64), empty(9, 3, dtype=torch.int32)
+    for projected in (None, empty(kernels.ROWS, 48, dtype=FP32)):
+        layers = kernels.Layers(fields, blocks, dtype, scales, projected is not None)
+        kernels.modulate(vec, projected, layers, found, table, empty(9, batch, HIDDEN))
+    kernels.remember(vec, found, keys)
 
 
 def interpret() -> None:
     """Raises `AssertionError` where a kernel's arithmetic is not that of plain PyTorch."""
-    from trt_core.flux import storage, triton_kernels, triton_weights
+    from trt_core.flux import triton_kernels
     from trt_core.flux.rope import rotate
 
+    interpret_table()
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    for width, batch, rows in ((128, 1, 8), (640, 2, 21), (3072, 3, 5), (48, 1, 6)):
-        # Without a LoRA: with NumPy 2.4, Triton 3.6 interprets no loop whose bound is an argument.
-        x, weight, bias = normal(batch, width), normal(rows, width), normal(rows)
-        for values, scale in (storage.quantize(weight), (weight, None)):
-            wide = values if scale is None else storage.dequantize(values, scale, FP32)
-            same(triton_weights.rows_linear(x, values, scale, bias, None), x @ wide.T + bias)
-            same(triton_weights.rows_linear(x, values, scale, None, None, FP32), x @ wide.T)
     x, scale, angle = normal(2, 5, 3, 16), normal(16), normal(5, 8)
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * scale
     pe = (angle.cos(), angle.sin())
     same(triton_kernels.norm_rope(x, x, scale, scale, *pe, *pe, 0, 1e-6), rotate(normed, *pe))
+
+
+def interpret_table() -> None:
+    """Without LoRAs: with NumPy 2.4, Triton 3.6 interprets no loop whose bound is an argument."""
+    from tests.unit import table_model
+
+    for hidden, kind in ((128, "int8"), (256, "plain"), (48, "int8"), (48, "plain")):
+        for batch in (1, 3):
+            table_model.check(torch.device("cpu"), torch.float16, hidden, kind, batch, ranks=())
 
 
 def same(seen: Tensor, expected: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fp8, fused
+from . import fp8
 
 GROUP = 128
 """Columns that share a scale: 24 groups in FLUX's rows of 3072. One outlier costs 128 weights their precision."""
@@ -66,14 +66,10 @@ def linear(
     """x @ weight.T + bias + what LoRAs add, as [B, N] in x's dtype, summed in fp32, rounded once.
 
     x [B, K]; weight [N, K] is int8 or E4M3 with its scale (fp32, [N, groups(K)], [N, 1] or [1]), or a float with None.
-    For eager calls with few rows, such as modulations: on a GPU, up to 8 rows are one Triton kernel that reads the
-    weight once (all of FLUX.1-dev's: 1.8 ms on an H100). Plain weights are cuBLAS's (in bf16: 2.8 ms).
+    On a GPU `modulation_table` does the same for all layers at once, without a wide copy of the matrix.
     """
     if scale is None and added is None:
         return F.linear(x, weight, bias)
-    kernels = fused.weight_kernels(weight)
-    if kernels is not None and x.shape[0] <= kernels.MAX_BATCH:
-        return kernels.rows_linear(x, weight, scale, bias, added)
     wide = weight.float() if scale is None else dequantize(weight, scale, torch.float32)
     out = F.linear(x.float(), wide, None if bias is None else bias.float())
     return (out if added is None else out + F.linear(added.projected, added.up.float())).to(x.dtype)
@@ -81,18 +77,4 @@ def linear(
 
 def project(x: Tensor, down: Tensor) -> Tensor:
     """x @ down.T in fp32 [B, R]: `AddedProduct.projected`. x [B, K], down [R, K] in fp32."""
-    kernels = fused.weight_kernels(down)
-    if kernels is not None and x.shape[0] <= kernels.MAX_BATCH:
-        return kernels.rows_linear(x, down, None, None, None, torch.float32)
     return F.linear(x.float(), down)
-
-
-def prepare(width: int, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compiles what the first LoRA beside matrices of `width` columns needs: without it, that one waited 0.5 s on an
-    H100. Nothing on a CPU."""
-    if device.type != "cuda":
-        return
-    x, bias = torch.zeros((batch, width), dtype=dtype, device=device), torch.zeros(16, dtype=dtype, device=device)
-    weight, scale = quantize(torch.zeros((16, width), device=device))
-    added = AddedProduct(bias.new_zeros((16, 16)), project(x, torch.zeros((16, width), device=device)))
-    linear(x, weight, scale, bias, added)
