@@ -201,8 +201,9 @@ _METHODS = {
     # These write to the base, or replace it.
     **{
         name: _after(CompiledState.release, name)
-        for name in ("fuse_lora", "unfuse_lora", "load_state_dict", "fuse_qkv_projections", "unfuse_qkv_projections")
+        for name in ("load_state_dict", "fuse_qkv_projections", "unfuse_qkv_projections")
     },
+    **{name: _after(CompiledState.release_to_merge, name) for name in ("fuse_lora", "unfuse_lora")},
     # These make adapters where the base lies, which may be host memory, and may swap them in place; or read the base.
     **{
         name: _after(CompiledState.restore, name)

@@ -17,7 +17,16 @@ from .eager_blocks import block_overrides, why_eager_blocks, why_eager_model
 from .errors import UnsupportedModel
 from .extras import DoubleOverride, SingleOverride
 from .flux.architecture import FluxArchitecture
-from .fp8_model import ChangedBases, compute_device, moving, overrides_on, require_fp8, show_base, to_compute_device
+from .fp8_model import (
+    ChangedBases,
+    adapters_to_bases,
+    compute_device,
+    moving,
+    overrides_on,
+    require_fp8,
+    show_base,
+    to_compute_device,
+)
 from .fp8_recipe import Fp8Recipe, attached_recipe
 from .fp8_weights import Fp8Weights
 from .host import Progress
@@ -87,6 +96,13 @@ class CompiledState:
         self._refit({})
         self._binding, self._bases = None, None
         self.module.unload()  # a model that moves away must not leave its fused weights behind
+
+    def release_to_merge(self) -> None:
+        """`release`, before PEFT adds adapters to their layers: FP8's bases may have gone to host memory since those
+        were made on the GPU."""
+        self.release()
+        if self._recipe is not None:
+            adapters_to_bases(self._model, architecture_of(self._model))
 
     def restore(self) -> None:
         """Nothing applied, before others change adapters. FP8 weights stay bound: to bind them anew is to quantize the

@@ -87,6 +87,15 @@ class ChangedBases:
         return [-1 if (p := slot.parameter()) is None else p._version for slot in self._slots]
 
 
+def adapters_to_bases(model: nn.Module, arch: FluxArchitecture) -> None:
+    """Moves adapters to where their layers' bases lie: PEFT adds one to the other in place."""
+    for slot in find_slots(model, arch):
+        base = slot.parameter()
+        for name, adapter in slot.module().named_parameters():
+            if base is not None and not name.startswith("base_layer.") and adapter is not base:
+                adapter.data = adapter.data.to(base.device)
+
+
 def moving(
     model: Any, arch: FluxArchitecture, recipe: Fp8Recipe, mode: BaseWeights, move: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_a_bad_engine_is_refused_and_not_stored(model: Any, tmp_path: Path) -> N
     """With an error bound that nothing can meet, every engine is a bad one."""
     compiled(model, str(tmp_path), "tensorrt")
     module = model._trt_state.module
-    module.config = type(module.config)(module.config.backend, cache_folder=str(tmp_path), error_ratio_bound=0.0)
+    module.reconfigure(replace(module.config, error_ratio_bound=0.0))
     with pytest.raises(BuildFailed, match="error"):
         output_of(model, inputs_of(model))
     assert not list(tmp_path.rglob("engine.trt"))
