@@ -73,12 +73,16 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def decide_attention(capability: tuple[int, int] | None) -> Decision | None:
-    """What FP8 attention needs on this GPU; None where there is nothing to say."""
-    requirement = packages.cudnn_frontend_requirement(capability) if capability else None
-    if requirement is None:
-        return None
-    return Decision(f"Installing {requirement}: attention of FP8 models runs in FP8 with it.", requirement)
+_FASTER = {
+    packages.CUDNN_FRONTEND_REQUIREMENT: "attention of FP8 models runs in FP8 with it",
+    packages.FLASH3_REQUIREMENT: "attention is faster with it on this GPU",
+}
+
+
+def decide_attention(capability: tuple[int, int] | None) -> list[Decision]:
+    """What attention kernels of this GPU are missing."""
+    missing = packages.attention_requirements(capability) if capability else []
+    return [Decision(f"Installing {each}: {_FASTER[each]}.", each) for each in missing]
 
 
 def capability() -> tuple[int, int] | None:
@@ -89,11 +93,10 @@ def capability() -> tuple[int, int] | None:
 def main() -> int:
     torch_version = packages.installed("torch")
     found = decide(torch_version, gpu_name() if torch_version else None, packages.installed)
-    for decision in (found, decide_attention(capability() if torch_version else None)):
-        if decision is not None:
-            _say(decision.text)
-            if decision.requirement and torch_version:
-                _say(install(decision.requirement, torch_version))
+    for decision in (found, *decide_attention(capability() if torch_version else None)):
+        _say(decision.text)
+        if decision.requirement and torch_version:
+            _say(install(decision.requirement, torch_version))
     return 0
 
 

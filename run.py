@@ -238,7 +238,7 @@ def install_tensorrt(pip: list[str], torch_version: str, gpu: str) -> None:
 
 
 def install(python: Path, kind: str, gpu: str) -> None:
-    from trt_core.packages import CUDNN_FRONTEND_REQUIREMENT
+    from trt_core.packages import CUDNN_FRONTEND_REQUIREMENT, FLASH3_REQUIREMENT, has_flash3_wheel
 
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     say(f"[1/3] torch ({'CPU build' if kind == 'cpu' else 'CUDA build'})")
@@ -252,6 +252,8 @@ def install(python: Path, kind: str, gpu: str) -> None:
     if kind == "gpu":
         install_tensorrt(pip, torch_version, gpu)
         checked([*pip, CUDNN_FRONTEND_REQUIREMENT], "Installing cuDNN's front end")
+        if has_flash3_wheel():  # 28 MB; what is not a Hopper GPU never loads it
+            checked([*pip, FLASH3_REQUIREMENT], "Installing FlashAttention-3")
     test = "import torch, diffusers, transformers, peft; print('cuda', torch.cuda.is_available())"
     if "cuda True" not in checked([str(python), "-c", test], "Importing what was installed") and gpu:
         say(f"      torch {torch_version} cannot use {gpu}: update its driver. Until then the CPU is used.")

@@ -16,8 +16,9 @@ from . import model as models
 from .fp8_calls import at, call, exact, same_bits
 from .fp8_lines import Line
 
-RANK, SWITCHES, LORAS = 16, 20, 4
-"""`LORAS` for each size: the gain of a single small LoRA scatters by 0.05 (on an H100 and on a CPU, modulations exact),
+RANK, SWITCHES = 16, 20
+LORAS = {0.005: 12, 0.01: 8, 0.05: 4}
+"""Size -> how many LoRAs. The gain of a single small one scatters by 0.05 (on an H100 and on a CPU, modulations exact),
 and only the mean over several says whether changes arrive whole."""
 LORA_CALLS = {0.005: 3, 0.01: 2, 0.05: 1}
 """Size -> calls of each LoRA. A small one changes less than FP8's own error: it takes more numbers to know its gain."""
@@ -28,7 +29,7 @@ def lora_name(size: float, index: int = 0) -> str:
 
 
 def lora_names() -> list[str]:
-    return [lora_name(size, index) for size in LORA_CALLS for index in range(LORAS)]
+    return [lora_name(size, index) for size, count in LORAS.items() for index in range(count)]
 
 
 def lora_calls(arguments: dict[str, Tensor], number: int) -> list[dict[str, Tensor]]:
@@ -46,13 +47,14 @@ def lora_gain_lines(ours: Any, wide: Any, arguments: dict[str, Tensor]) -> Itera
     calls = lora_calls(arguments, max(LORA_CALLS.values()))
     before = [(call(ours, one).float(), call(wide, exact(one))) for one in calls]
     for size, number in LORA_CALLS.items():
-        names = tuple(lora_name(size, index) for index in range(LORAS))
+        count = LORAS[size]
+        names = tuple(lora_name(size, index) for index in range(count))
         layers = models.add_loras(ours, RANK, names, size)
         found = [both_signs(ours, wide, name, calls[:number], before) for name in names]
         each = [gain(changes)["gain"] for changes in found]
-        line = {"kind": "lora_gain", "delta": size, "rank": RANK, "layers": layers, "calls": number, "loras": LORAS}
+        line = {"kind": "lora_gain", "delta": size, "rank": RANK, "layers": layers, "calls": number, "loras": count}
         yield {**line, **gain([change for changes in found for change in changes]), "gains": each,
-               "gain_standard_error": statistics.stdev(each) / LORAS**0.5}  # fmt: skip
+               "gain_standard_error": statistics.stdev(each) / count**0.5}  # fmt: skip
 
 
 def both_signs(

@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 
-from trt_core.measure import median_milliseconds
-
 from . import model as models
 from .fake_quant import FakeAttention, fake_quantized
 from .fp8_budget import seconds
@@ -26,12 +24,12 @@ from .fp8_calls import attention_is_fp8, call, exact
 from .fp8_lines import TINY, device_of
 from .lines import Line
 from .memory import MemoryPeaks
+from .pictures import Pictures, pipeline
 from .progress import Progress
 from .scenarios import Scenario
 from .wide import widened
 
 WEIGHTS_BYTES = 2 * 11_901_408_320
-_STEPS = 10
 _LAST_WORDS_SECONDS = 5.0
 """Before it is stopped, a process says where it is."""
 _BAKED = ("mttm", "torchao")
@@ -74,15 +72,17 @@ def measure(job: Job) -> Iterator[Line]:
     with MemoryPeaks(job.device) if job.device.type == "cuda" else nullcontext() as peaks:
         with job.progress.phase("model"):
             model = job.model()
+            pipe = pipeline(model)
         with job.progress.phase("prepare"):
-            transformer = _prepare(job, model)
+            transformer = _prepare(job, pipe)
         for batch in job.scenario.batches[:1] if job.warm else job.scenario.batches:
-            for line in _batch(job, batch, model, transformer):
+            for line in _batch(job, batch, model, pipe, transformer):
                 yield line if job.warm else {**line, **_peaks(job.scenario, peaks)}
 
 
-def _batch(job: Job, batch: int, model: Any, transformer: Any) -> Iterator[Line]:
+def _batch(job: Job, batch: int, model: Any, pipe: Any, transformer: Any) -> Iterator[Line]:
     arguments, is_first = job.inputs(model, batch), batch == job.scenario.batches[0]
+    pictures = Pictures(pipe, transformer, arguments)
 
     def run() -> torch.Tensor:
         return call(transformer, arguments)
@@ -92,7 +92,7 @@ def _batch(job: Job, batch: int, model: Any, transformer: Any) -> Iterator[Line]
     if job.warm:
         yield {"batch": batch, "warm_first_call_seconds": first_call}
         return
-    line: Line = {"batch": batch, "step_ms": median_milliseconds(run, job.device, _STEPS)}
+    line: Line = {"batch": batch, "step_ms": pictures.step_ms(job.device), "steps_per_picture": pictures.steps}
     job.progress.say(f"batch {batch}: {line['step_ms']:.1f} ms per step")
     if is_first:
         line |= {"first_call_seconds": first_call, **_plans(transformer)}
@@ -100,7 +100,7 @@ def _batch(job: Job, batch: int, model: Any, transformer: Any) -> Iterator[Line]
         line["error_ratio"] = _error_ratio(job, model, transformer)
     if job.scenario.lora and is_first:
         job.progress.say("LoRAs")
-        line |= _lora_switch(job, transformer, run)
+        line |= _lora_switch(job, transformer, run, pictures)
     yield line
 
 
@@ -138,9 +138,9 @@ def _peaks(scenario: Scenario, peaks: MemoryPeaks | None) -> Line:
     }  # fmt: skip
 
 
-def _prepare(job: Job, model: Any) -> Any:
+def _prepare(job: Job, pipe: Any) -> Any:
     """What is called: the model itself, compiled or with a compiled forward, or a module around it."""
-    scenario = job.scenario
+    scenario, model = job.scenario, pipe.transformer
     if scenario.scenario == "eager":
         return model
     if scenario.scenario in ("compile_repeated_blocks", "torchao"):
@@ -155,7 +155,7 @@ def _prepare(job: Job, model: Any) -> Any:
     if scenario.precision == "fp8":
         trt_core.quantize_fp8_(model)
     return trt_core.compile_transformer(
-        model,
+        pipe,
         backend=scenario.backend or "mttm",
         base_weights=scenario.base_weights or "auto",
         cache_folder=str(job.folder / "cache"),
@@ -236,7 +236,7 @@ def write_references(job: Job) -> None:
 # -- LoRAs -------------------------------------------------------------------------------------------------------------
 
 
-def _lora_switch(job: Job, model: Any, run: Callable[[], Any]) -> Line:
+def _lora_switch(job: Job, model: Any, run: Callable[[], Any], pictures: Pictures) -> Line:
     """A to B by diffusers' own call: the next step's time above a plain step, and the refit's own time."""
     layers = models.add_loras(model, job.scenario.lora_rank)
     model.set_adapters("a")
@@ -247,7 +247,7 @@ def _lora_switch(job: Job, model: Any, run: Callable[[], Any]) -> Line:
         model.set_adapters(name)
         times.append(seconds(run, job.device) - plain)
         refits.append(model.trt_report().last_refit.milliseconds)
-    after = median_milliseconds(run, job.device, _STEPS)
+    after = pictures.step_ms(job.device)
     model.delete_adapters(["a", "b"])
     return {
         "lora_rank": job.scenario.lora_rank,

@@ -1,6 +1,7 @@
 """`python -m benchmarks.profile`: where one step of the compiled transformer spends its time, kernel by kernel.
 
-Kernels are grouped by what they are for (`kernels`), beside the least time that this work can take on this GPU. The
+A step is one of a picture's (`pictures`), averaged over all of them. Kernels are grouped by what they are for
+(`kernels`), beside the least time that this work can take on this GPU. The
 step's wall time is measured without the profiler; the GPU idles where no kernel runs.
 """
 
@@ -20,7 +21,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from trt_core.config import image_tokens
 from trt_core.flux.architecture import FluxArchitecture
-from trt_core.measure import median_milliseconds
 
 from . import model as models
 from .fp8_budget import wait
@@ -28,11 +28,9 @@ from .fp8_calls import call
 from .fp8_lines import TINY, TINY_PX, TINY_TEXT_TOKENS, Line, append, device_of
 from .kernels import PEAKS, Call, Kind, floors, totals
 from .lines import RESULTS
+from .pictures import Pictures, pipeline
 from .report import profile_rows, profile_title
 from .run import machine
-
-STEPS = 5
-"""Profiled one after the other without waiting, as a sampler does, so that starting the first one does not count."""
 
 
 class Kernel(NamedTuple):
@@ -108,17 +106,16 @@ def measure(
     model = models.full_size_transformer(device, **changes)
     if precision == "fp8":
         trt_core.quantize_fp8_(model)
-    ours: Any = trt_core.compile_transformer(model, **options)
+    pipe = pipeline(model)
+    ours: Any = trt_core.compile_transformer(pipe, **options)
     arguments = models.inputs(ours, batch, px, px, text_tokens)
-
-    def run() -> object:
-        return call(ours, arguments)
-
-    step_ms = median_milliseconds(run, device)
-    recorded(run, device, 1)  # the profiler's own first start
+    call(ours, arguments)
+    pictures = Pictures(pipe, ours, arguments)
+    step_ms = pictures.step_ms(device)
+    recorded(lambda: call(ours, arguments), device, 1)  # the profiler's own first start
     arch = FluxArchitecture.from_diffusers_config(ours.config)
     floor = floors(arch, Call(batch, image_tokens(px, px), text_tokens, precision == "fp8"), gpu)
-    line = summary(recorded(run, device, STEPS), STEPS, step_ms, floor)
+    line = summary(recorded(pictures, device, 1), pictures.steps, step_ms, floor)
     return {**line, "segments": ours.trt_report().segments}
 
 

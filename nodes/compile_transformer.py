@@ -58,8 +58,10 @@ def _inputs() -> list[io.Input]:
             "eager compiles nothing. Without a GPU, auto is eager.",
         ),
         io.Combo.Input(
-            "attention", options=["auto", "cudnn", "flash", "efficient", "math"], default="auto", advanced=True,
-            tooltip="The attention kernel of compiled blocks. auto measures those that this GPU runs, and for FP8 "
+            "attention", options=["auto", "cudnn", "flash", "flash3", "efficient", "math"], default="auto",
+            advanced=True,
+            tooltip="The attention kernel of compiled blocks. flash3 needs fa3-fwd and an H100 or H200. auto measures "
+            "those that this GPU runs, and for FP8 "
             "models on an H100 or newer one in FP8.",
         ),
         io.Combo.Input(

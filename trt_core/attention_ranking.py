@@ -7,7 +7,7 @@ import torch
 from .backends.compiler import SegmentCompiler
 from .config import Attention
 from .errors import UnsupportedGPU
-from .flux import cudnn_attention
+from .flux import cudnn_attention, flash3_attention
 from .flux.attention import attention_function, runnable_kernels, runs
 from .flux.catalogue import BlockKind
 from .flux.fp8 import FP8
@@ -91,8 +91,9 @@ def _require(compiler: SegmentCompiler, forced: Attention) -> None:
     if forced is Attention.FP8:
         reason = why_not_fp8_attention(device, arch.head_dim) or _why_not_fp8_model(compiler)
     else:
-        works = runs(forced, dtype, device, arch.heads, arch.head_dim)
-        reason = None if works else f"it does not run here for heads of {arch.head_dim} in {dtype}"
+        reason = flash3_attention.why_not(dtype, device, arch.head_dim) if forced is Attention.FLASH3 else None
+        if reason is None and not runs(forced, dtype, device, arch.heads, arch.head_dim):
+            reason = f"it does not run here for heads of {arch.head_dim} in {dtype}"
     if reason:
         raise UnsupportedGPU(
             f'attention="{forced.value}" cannot be used: {reason}.', fix='Use attention="auto".', widget="attention"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import CompileConfig
 from .diffusers_adapter import architecture_of
-from .diffusers_binding import DiffusersBinding, Slot
+from .diffusers_binding import ChangedModulations, DiffusersBinding, Slot
 from .eager_blocks import block_overrides, why_eager_blocks, why_eager_model
 from .errors import UnsupportedModel
 from .extras import DoubleOverride, SingleOverride
@@ -51,6 +51,7 @@ class CompiledState:
         self._model, self._schedule = model, schedule
         self._recipe: Fp8Recipe | None = None
         self._bases: ChangedBases | None = None
+        self._modulations: ChangedModulations | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledState:
         """A copied transformer binds its own weights and compiles at its first call, from the cache where it can."""
@@ -84,7 +85,8 @@ class CompiledState:
     def follow_schedule(self, dtype: torch.dtype, device: torch.device) -> None:
         """Tells the module which timesteps come next, where a new schedule began.
 
-        At each beginning kept modulations go: parameters can be changed in place, which nothing here would see.
+        At each beginning kept modulations go: what changes parameters behind PyTorch's back, as `.data` does, is seen
+        from the next picture on.
         """
         if self._schedule.is_new():
             self.module.expect(self._schedule.timesteps(dtype, device))
@@ -172,7 +174,7 @@ class CompiledState:
             self._bind()
             return
         moved = self._binding.moved()
-        if moved:
+        if moved or (self._modulations is not None and self._modulations.changed()):
             self.module.forget_modulations()
         if moved and self._recipe is not None:
             self._bind_anew(moved)
@@ -218,7 +220,7 @@ class CompiledState:
             self.module.load_fp8(binding.tensors, self._recipe, device, show_base(binding), scale_first=True)
             binding.point_at_bases(self.module.weights)
             self._bases = ChangedBases(binding.slots, self._recipe)
-        self._binding = binding
+        self._binding, self._modulations = binding, ChangedModulations(binding.slots)
 
     def _bind_anew(self, moved: list[Slot]) -> None:
         """FP8: a re-assigned parameter is a new base, from which everything is quantized again."""

@@ -31,6 +31,8 @@ class Attention(Enum):
     AUTO = "auto"
     CUDNN = "cudnn"
     FLASH = "flash"
+    FLASH3 = "flash3"
+    """FlashAttention-3, where it is installed (`fa3-fwd`): Hopper GPUs, bf16."""
     EFFICIENT = "efficient"
     MATH = "math"
     FP8 = "fp8"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .errors import UnsupportedModel
 from .flux.architecture import FluxArchitecture
 from .flux.weights import Part, diffusers_parts
+from .fp8_recipe import is_modulation
 from .weights import BoundWeights
 
 _FREE_EVERY_BYTES = 2**30
@@ -107,6 +108,23 @@ class DiffusersBinding:
                 torch.cuda.empty_cache()
                 freed_bytes = 0
         return tensors
+
+
+class ChangedModulations:
+    """Whether somebody changed a modulation's parameters in place, through the parameters themselves."""
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self._slots = [slot for slot in slots if is_modulation(slot.name.rpartition(".")[0])]
+        self._versions = self._now()
+
+    def changed(self) -> bool:
+        """Since the last call."""
+        before, self._versions = self._versions, self._now()
+        return before != self._versions
+
+    def _now(self) -> list[int]:
+        parameters = (slot.parameter() for slot in self._slots)
+        return [-1 if p is None or p.is_inference() else p._version for p in parameters]
 
 
 def _home(slots: list[Slot]) -> tuple[Tensor, int]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ CUDNN_FRONTEND = "nvidia-cudnn-frontend"
 """NVIDIA's Python front end to the cuDNN that comes with torch. FP8 attention needs it."""
 CUDNN_FRONTEND_REQUIREMENT = f"{CUDNN_FRONTEND}<1.23"
 """3 MB that need nothing else; newer ones ask for CUTLASS's compiler, which is not used here (they work, too)."""
+FLASH3 = "fa3-fwd"
+"""FlashAttention-3's forward, prebuilt (28 MB) for the stable ABI of torch 2.10 and newer."""
+FLASH3_REQUIREMENT = f"{FLASH3}==0.0.3"
+FLASH3_CAPABILITY = (9, 0)
 FP8_ATTENTION_CAPABILITY = (9, 0)
 """The oldest GPUs on which cuDNN has attention in E4M3 (H100)."""
 
@@ -109,17 +114,25 @@ def _advice() -> str:
     requirement = torch_tensorrt_requirement(torch_version, gpu_name)
     name, version = requirement.split("==")
     missing = [] if installed(name) == version else [requirement]
-    if extra := cudnn_frontend_requirement(torch.cuda.get_device_capability()):
-        missing.append(extra)
+    missing += attention_requirements(torch.cuda.get_device_capability())
     if not missing:
         return f"{requirement} is installed, as torch {torch_version} on {gpu_name} needs it."
     return f"For torch {torch_version} on {gpu_name}:\n{install_line(*missing)}"
 
 
-def cudnn_frontend_requirement(capability: tuple[int, int]) -> str | None:
-    """What FP8 attention needs installed on a GPU of this compute capability, or None: nothing, or it cannot run."""
-    needed = capability >= FP8_ATTENTION_CAPABILITY and installed(CUDNN_FRONTEND) is None
-    return CUDNN_FRONTEND_REQUIREMENT if needed else None
+def attention_requirements(capability: tuple[int, int]) -> list[str]:
+    """What is not installed of the attention kernels that a GPU of this compute capability can run."""
+    missing = []
+    if capability >= FP8_ATTENTION_CAPABILITY and installed(CUDNN_FRONTEND) is None:
+        missing.append(CUDNN_FRONTEND_REQUIREMENT)
+    if capability == FLASH3_CAPABILITY and has_flash3_wheel() and installed(FLASH3) is None:
+        missing.append(FLASH3_REQUIREMENT)
+    return missing
+
+
+def has_flash3_wheel() -> bool:
+    """Whether there is a wheel of FlashAttention-3 for this system."""
+    return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from .candidates import why_not
 from .config import CompileConfig, Layout
 from .engine_cache import EngineKey
 from .errors import CacheError, TRTError
-from .flux import cudnn_attention
+from .flux import cudnn_attention, flash3_attention
 from .flux.catalogue import BlockKind, source_version
 from .plan import WHOLE_SEGMENT, Plan
 
@@ -64,6 +64,6 @@ class PlanStore:
             # A compiler that was installed since makes a new choice possible.
             "precision": [compiler.precision(WHOLE_SEGMENT[kind]).to_dict() for kind in BlockKind],
             "left_out": sorted(backend.value for backend, reason in why_not(compiler).items() if reason),
-            "fp8_attention": cudnn_attention.installed(),
+            "fp8_attention": cudnn_attention.installed(), "flash3": flash3_attention.installed(),
         }  # fmt: skip
         return EngineKey("plan", fields)

@@ -10,6 +10,7 @@ from tests.unit.tiny_flux import bfl_weights, shapes_of, tiny_transformer
 from trt_core.backends.check import relative_l2
 from trt_core.config import Attention, Profile, ShapeRange, image_tokens
 from trt_core.errors import InvalidOption
+from trt_core.flux import flash3_attention
 from trt_core.flux.architecture import FluxArchitecture
 from trt_core.flux.attention import attend, attention_function, runnable_kernels
 from trt_core.flux.catalogue import Axis, SegmentName, axis_range, segment
@@ -133,6 +134,7 @@ def test_a_cpu_has_one_attention_kernel() -> None:
 
 def test_math_attention_equals_the_general_one() -> None:
     q, k, v = torch.randn(3, 2, 9, 2, 16, generator=torch.Generator().manual_seed(0))
+    assert relative_l2(attention_function(Attention.FLASH3)(q, k, v), attend(q, k, v)) < 1e-6
     assert relative_l2(attention_function(Attention.MATH)(q, k, v), attend(q, k, v)) < 1e-6
     mask = torch.ones(9, 9, dtype=torch.bool).tril()
     assert relative_l2(attend(q, k, v, mask), attend(q, k, v)) > 0.01
@@ -173,3 +175,14 @@ def test_image_tokens() -> None:
 def test_ranges_must_be_in_order(bounds: tuple[int, int, int]) -> None:
     with pytest.raises(InvalidOption, match="min <= opt <= max"):
         ShapeRange(*bounds)
+
+
+def test_flash_attention_3_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, bf16 = torch.device("cuda", 0), torch.bfloat16
+    assert "NVIDIA GPU" in str(flash3_attention.why_not(bf16, CPU, 128))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert "this GPU has 12.0" in str(flash3_attention.why_not(bf16, cuda, 128))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert "no kernel for heads of 80" in str(flash3_attention.why_not(bf16, cuda, 80))
+    assert "float16" in str(flash3_attention.why_not(torch.float16, cuda, 128))
+    assert "pip install fa3-fwd" in str(flash3_attention.why_not(bf16, cuda, 128))

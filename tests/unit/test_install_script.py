@@ -70,10 +70,24 @@ def test_pip_is_held_to_the_installed_torch(tmp_path, monkeypatch: pytest.Monkey
     assert "was not touched" in said
 
 
-@pytest.mark.parametrize(("capability", "wanted"), [((9, 0), True), ((12, 0), True), ((8, 9), False), (None, False)])
-def test_cudnns_front_end_where_its_fp8_attention_runs(capability: tuple[int, int] | None, wanted: bool) -> None:
+@pytest.mark.parametrize(
+    ("capability", "wanted"),
+    [
+        ((9, 0), [packages.CUDNN_FRONTEND_REQUIREMENT, packages.FLASH3_REQUIREMENT]),
+        ((12, 0), [packages.CUDNN_FRONTEND_REQUIREMENT]),
+        ((8, 9), []),
+        (None, []),
+    ],
+)
+def test_attention_kernels_where_they_run(
+    capability: tuple[int, int] | None, wanted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert packages.installed(packages.CUDNN_FRONTEND) is None
-    decision = install.decide_attention(capability)
-    assert (decision is not None) is wanted
-    if decision is not None:
-        assert decision.requirement == packages.CUDNN_FRONTEND_REQUIREMENT
+    assert packages.installed(packages.FLASH3) is None
+    monkeypatch.setattr(packages, "has_flash3_wheel", lambda: True)
+    assert [decision.requirement for decision in install.decide_attention(capability)] == wanted
+
+
+def test_no_flash_attention_3_where_there_is_no_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages.sys, "platform", "win32")
+    assert packages.attention_requirements((9, 0)) == [packages.CUDNN_FRONTEND_REQUIREMENT]

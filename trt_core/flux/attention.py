@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import Attention
+from . import flash3_attention
 from .fp8_attention import attend_fp8
 from .segments import AttentionFunction
 
@@ -34,6 +35,8 @@ def attention_function(kernel: Attention) -> AttentionFunction:
         return attend
     if kernel is Attention.FP8:
         return attend_fp8
+    if kernel is Attention.FLASH3:
+        return _attend_flash3
     backend = _SDP_BACKEND[kernel]
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -43,6 +46,10 @@ def attention_function(kernel: Attention) -> AttentionFunction:
             return attend(q, k, v)
 
     return attention
+
+
+def _attend_flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flash3_attention.attend(q, k, v).flatten(2)
 
 
 def _operator(kernel: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -67,11 +74,14 @@ def runnable_kernels(dtype: torch.dtype, device: torch.device, heads: int, head_
     """The kernels that this device runs for heads of this size, tried on a few tokens. A CPU has one: `AUTO`."""
     if device.type != "cuda":
         return [Attention.AUTO]
-    return [kernel for kernel in _SDP_BACKEND if runs(kernel, dtype, device, heads, head_dim)]
+    kernels = (*_SDP_BACKEND, Attention.FLASH3)
+    return [kernel for kernel in kernels if runs(kernel, dtype, device, heads, head_dim)]
 
 
 def runs(kernel: Attention, dtype: torch.dtype, device: torch.device, heads: int, head_dim: int) -> bool:
     """Whether this kernel runs on this device for heads of this size, tried on a few tokens."""
+    if kernel is Attention.FLASH3 and flash3_attention.why_not(dtype, device, head_dim) is not None:
+        return False
     sample = torch.randn(1, 64, heads, head_dim, device=device, dtype=dtype)
     try:
         attention_function(kernel)(sample, sample, sample)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import Profile, ShapeRange
-from . import cudnn_attention, fp8, fp8_attention, fp8_export, fused, linear, rope, segments, weights
+from . import cudnn_attention, flash3_attention, fp8, fp8_attention, fp8_export, fused, linear, rope, segments, weights
 from .architecture import FluxArchitecture
 from .precision import FP8, INPUT_SCALE, PLAIN, SCALE, Bound, Precision
 
@@ -159,7 +159,7 @@ def axis_range(profile: Profile, axis: Axis) -> ShapeRange:
 @lru_cache(maxsize=1)
 def source_version() -> str:
     """Digest of the code that defines the segments: part of every engine's cache key, so an edit is a miss."""
-    modules = (segments, linear, fp8, fp8_attention, cudnn_attention, fp8_export, fused, rope)
+    modules = (segments, linear, fp8, fp8_attention, cudnn_attention, flash3_attention, fp8_export, fused, rope)
     text = "".join(inspect.getsource(module) for module in modules)
     text += "".join(path.read_text() for path in sorted(Path(fused.__file__).parent.glob("triton_*.py")))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
