@@ -10,6 +10,7 @@ from torch import Tensor
 from .execution import BlockWeights, DoubleBlock, Pe, SingleBlock
 from .flux.branches import Branches
 from .flux.modulation_table import ModulationOf, ModulationTable
+from .flux.open_sum import closed
 from .flux.stem import Modulations
 
 
@@ -33,13 +34,14 @@ class BlockRunner:
     ) -> tuple[Tensor, Tensor]:
         """Double block `index`: img [B, n_img, hidden], txt [B, n_txt, hidden], vec [B, hidden] to (img, txt)."""
         img_mod, txt_mod = (self._modulation(f"double_blocks.{index}.{stream}_mod", vec) for stream in _STREAMS)
-        return self._double[index](img, txt, img_mod, txt_mod, pe, self._double_weights[index], mask)
+        img_out, txt_out = self._double[index](img, txt, img_mod, txt_mod, pe, self._double_weights[index], mask)
+        return closed(img_out), closed(txt_out)
 
     @torch.no_grad()
     def single(self, index: int, x: Tensor, vec: Tensor, pe: Pe, mask: Tensor | None = None) -> Tensor:
         """Single block `index`: x [B, n_txt + n_img, hidden], text first."""
         mod = self._modulation(f"single_blocks.{index}.modulation", vec)
-        return self._single[index](x, mod, pe, self._single_weights[index], mask)
+        return closed(self._single[index](x, mod, pe, self._single_weights[index], mask))
 
     def _modulation(self, name: str, vec: Tensor) -> Tensor:
         if self._modulations is None or self._vec is not vec:

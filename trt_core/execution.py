@@ -11,6 +11,7 @@ from torch import Tensor
 from .backends.base import CompiledSegment
 from .errors import BuildFailed
 from .flux.attention import attend
+from .flux.open_sum import OpenSum, Stream, closed, opened
 from .flux.segments import AttentionFunction, value_of
 
 
@@ -37,22 +38,22 @@ class BlockWeights(NamedTuple):
 
 
 class DoubleBlock(Protocol):
-    """(img, txt, img_mod, txt_mod, pe, weights) to (img, txt)."""
+    """(img, txt, img_mod, txt_mod, pe, weights) to (img, txt). Takes sums that are open, and may leave some."""
 
     takes_mask: bool
 
     def __call__(
-        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, pe: Pe, weights: BlockWeights,
+        self, img: Stream, txt: Stream, img_mod: Tensor, txt_mod: Tensor, pe: Pe, weights: BlockWeights,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    ) -> tuple[Stream, Stream]: ...  # fmt: skip
 
 
 class SingleBlock(Protocol):
-    """(x, mod, pe, weights) to x."""
+    """(x, mod, pe, weights) to x, with sums as in `DoubleBlock`."""
 
     takes_mask: bool
 
-    def __call__(self, x: Tensor, mod: Tensor, pe: Pe, weights: BlockWeights, mask: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Stream, mod: Tensor, pe: Pe, weights: BlockWeights, mask: Tensor | None = None) -> Stream: ...
 
 
 class SplitDouble:
@@ -62,9 +63,10 @@ class SplitDouble:
         self._qkv, self._out, self._attention = qkv, out, attention
 
     def __call__(
-        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, pe: Pe, weights: BlockWeights,
+        self, img: Stream, txt: Stream, img_mod: Tensor, txt_mod: Tensor, pe: Pe, weights: BlockWeights,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Stream, Stream]:  # fmt: skip
+        img, txt = closed(img), closed(txt)
         q, k, v = self._qkv(img, txt, img_mod, txt_mod, *pe.double, *weights.before)
         attn = self._attention(q, k, v) if mask is None else attend(q, k, v, mask)
         n = txt.shape[1]
@@ -78,7 +80,8 @@ class SplitSingle:
     def __init__(self, qkv_mlp: CompiledSegment, out: CompiledSegment, attention: AttentionFunction) -> None:
         self._qkv_mlp, self._out, self._attention = qkv_mlp, out, attention
 
-    def __call__(self, x: Tensor, mod: Tensor, pe: Pe, weights: BlockWeights, mask: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Stream, mod: Tensor, pe: Pe, weights: BlockWeights, mask: Tensor | None = None) -> Stream:
+        x = closed(x)
         q, k, wide = self._qkv_mlp(x, mod, pe.cos, pe.sin, *weights.before)
         v = value_of(wide, q)
         attn = self._attention(q, k, v) if mask is None else attend(q, k, v, mask)
@@ -92,12 +95,13 @@ class WholeDouble:
         self._block = block
 
     def __call__(
-        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, pe: Pe, weights: BlockWeights,
+        self, img: Stream, txt: Stream, img_mod: Tensor, txt_mod: Tensor, pe: Pe, weights: BlockWeights,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Stream, Stream]:  # fmt: skip
         _refuse_mask(mask)
-        img, txt = self._block(img, txt, img_mod, txt_mod, *pe.double, *weights.before, *weights.after)
-        return img, txt
+        streams = (*opened(img, img_mod), *opened(txt, txt_mod))
+        both = self._block(*streams, img_mod, txt_mod, *pe.double, *weights.before, *weights.after)
+        return OpenSum(*both[:2], img_mod[-1]), OpenSum(*both[2:], txt_mod[-1])
 
 
 class WholeSingle:
@@ -106,9 +110,10 @@ class WholeSingle:
     def __init__(self, block: CompiledSegment) -> None:
         self._block = block
 
-    def __call__(self, x: Tensor, mod: Tensor, pe: Pe, weights: BlockWeights, mask: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Stream, mod: Tensor, pe: Pe, weights: BlockWeights, mask: Tensor | None = None) -> Stream:
         _refuse_mask(mask)
-        return self._block(x, mod, pe.cos, pe.sin, *weights.before, *weights.after)[0]
+        parts = self._block(*opened(x, mod), mod, pe.cos, pe.sin, *weights.before, *weights.after)
+        return OpenSum(*parts, mod[-1])
 
 
 def _refuse_mask(mask: Tensor | None) -> None:

@@ -23,6 +23,7 @@ from .flux.architecture import FluxArchitecture
 from .flux.attention import attend
 from .flux.catalogue import SegmentName, segment
 from .flux.linear import Fp8Weight, noting_inputs
+from .flux.open_sum import Stream, opened
 from .flux.precision import INPUT_SCALE, Precision
 from .fp8_recipe import E4M3_MAX, Fp8Recipe
 
@@ -154,16 +155,17 @@ def range_words(out_of_range: Mapping[str, float]) -> str:
 
 
 def _run_double(
-    arch: FluxArchitecture, precision: Precision, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, pe: Pe,
+    arch: FluxArchitecture, precision: Precision, img: Stream, txt: Stream, img_mod: Tensor, txt_mod: Tensor, pe: Pe,
     weights: BlockWeights, mask: Tensor | None = None,
 ) -> None:  # fmt: skip
     block = segment(SegmentName.DOUBLE_BLOCK, arch, partial(attend, mask=mask), precision).function
-    block(img, txt, img_mod, txt_mod, *pe.double, *weights.before, *weights.after)
+    streams = (*opened(img, img_mod), *opened(txt, txt_mod))
+    block(*streams, img_mod, txt_mod, *pe.double, *weights.before, *weights.after)
 
 
 def _run_single(
-    arch: FluxArchitecture, precision: Precision, x: Tensor, mod: Tensor, pe: Pe, weights: BlockWeights,
+    arch: FluxArchitecture, precision: Precision, x: Stream, mod: Tensor, pe: Pe, weights: BlockWeights,
     mask: Tensor | None = None,
 ) -> None:  # fmt: skip
     block = segment(SegmentName.SINGLE_BLOCK, arch, partial(attend, mask=mask), precision).function
-    block(x, mod, pe.cos, pe.sin, *weights.before, *weights.after)
+    block(*opened(x, mod), mod, pe.cos, pe.sin, *weights.before, *weights.after)

@@ -16,6 +16,7 @@ from .flux import stem
 from .flux.architecture import FluxArchitecture
 from .flux.branches import Branches
 from .flux.modulation_table import ModulationOf, ModulationTable
+from .flux.open_sum import Stream, closed
 from .flux.rope import rope_cos_sin
 
 
@@ -78,35 +79,36 @@ class Step:
         return vec[:batch], self.table.modulations(vec, batch, times, self.branches)
 
     def _double_blocks(
-        self, img: Tensor, txt: Tensor, vec: Tensor, modulation: ModulationOf, pe: Pe
+        self, img: Stream, txt: Stream, vec: Tensor, modulation: ModulationOf, pe: Pe
     ) -> tuple[Tensor, Tensor]:
         extras = self.extras
         for index, weights in enumerate(self.double_weights):
             override = extras.double_overrides.get(index)
             if override is not None:
-                img, txt = override(img, txt, vec, pe)
+                img, txt = override(closed(img), closed(txt), vec, pe)
             else:
                 name = f"double_blocks.{index}"
                 img_mod, txt_mod = modulation(f"{name}.img_mod"), modulation(f"{name}.txt_mod")
                 img, txt = self.blocks.double[index](img, txt, img_mod, txt_mod, pe, weights, extras.mask)
             residual = _at(extras.double_residuals, index)
             if residual is not None:
-                img = img + residual.to(img.dtype)
-        return img, txt
+                img = closed(img) + residual.to(self.dtype)
+        return closed(img), closed(txt)
 
-    def _single_blocks(self, x: Tensor, vec: Tensor, modulation: ModulationOf, pe: Pe) -> Tensor:
+    def _single_blocks(self, x: Stream, vec: Tensor, modulation: ModulationOf, pe: Pe) -> Tensor:
         extras = self.extras
         for index, weights in enumerate(self.single_weights):
             override = extras.single_overrides.get(index)
             if override is not None:
-                x = override(x, vec, pe, pe.txt_tokens)
+                x = override(closed(x), vec, pe, pe.txt_tokens)
             else:
                 mod = modulation(f"single_blocks.{index}.modulation")
                 x = self.blocks.single[index](x, mod, pe, weights, extras.mask)
             residual = _at(extras.single_residuals, index)
             if residual is not None:
+                x = closed(x)
                 x[:, pe.txt_tokens :].add_(residual.to(x.dtype))
-        return x
+        return closed(x)
 
 
 def _at(residuals: Sequence[Tensor | None], index: int) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trt_core.backends.check import relative_l2
 from trt_core.flux import fp8, fused, storage
+from trt_core.flux.open_sum import OpenSum
 
 pytest.importorskip("triton")
 DEVICE = "cuda"
@@ -79,6 +80,18 @@ def test_quantize_norm(rows: ModuleType, dtype: torch.dtype, scale: float | None
     x, mod = normal(2, 9, width, dtype=dtype)[:, 2:] * 3 + 1, normal(2, 2, width, dtype=dtype, seed=1) * 0.3
     seen = rows.modulated_norm_fp8(x, mod[0], mod[1], fused.EPS, given(scale))
     assert_same(seen, fp8.quantize_norm(x.float(), mod[0].float(), mod[1].float(), given(scale)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("width", [48, 3072])
+def test_quantize_gated_norm(rows: ModuleType, dtype: torch.dtype, scale: float | None, width: int) -> None:
+    """The sum rounded as without quantization, and the norm of that sum."""
+    x, mod = normal(2, 9, width, dtype=dtype)[:, 2:] * 3 + 1, normal(3, 2, width, dtype=dtype, seed=1) * 0.3
+    stream = OpenSum(x, normal(2, 7, width, dtype=dtype, seed=2), mod[2])
+    total, seen = rows.gated_norm_fp8(stream, mod[0], mod[1], fused.EPS, given(scale))
+    assert torch.equal(total, rows.gated_norm(stream, mod[0], mod[1], fused.EPS)[0])
+    assert_same(seen, fp8.quantize_norm(total.float(), mod[0].float(), mod[1].float(), given(scale)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,6 +7,7 @@ import torch
 
 from trt_core.backends.check import relative_l2
 from trt_core.flux import fused
+from trt_core.flux.open_sum import OpenSum
 
 pytest.importorskip("triton")
 DEVICE = "cuda"
@@ -46,6 +47,33 @@ def test_modulated_norm(dtype: torch.dtype, width: int) -> None:
     seen = triton_rows.modulated_norm(x, mod[3], mod[4], fused.EPS)
     assert (seen.dtype, seen.is_contiguous()) == (dtype, True)
     assert relative_l2(seen, fused.modulated_norm(x.float(), mod[3].float(), mod[4].float())) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [48, 256, 3072])
+def test_gated_norm(dtype: torch.dtype, width: int) -> None:
+    """The sum has the bits of PyTorch's, rounded once, and the norm is that of the rounded sum."""
+    from trt_core.flux import triton_rows
+
+    x = torch.randn(2, 40, width, device=DEVICE).to(dtype)[:, 7:] * 3 + 1
+    add = torch.randn(2, 33, width + 16, device=DEVICE).to(dtype)[..., :width]
+    mod = torch.randn(6, 2, width, device=DEVICE).to(dtype)
+    stream = OpenSum(x, add, mod[2])
+    total, seen = triton_rows.gated_norm(stream, mod[3], mod[4], fused.EPS)
+    assert (total.dtype, seen.dtype, total.is_contiguous(), seen.is_contiguous()) == (dtype, dtype, True, True)
+    assert relative_l2(total, x.float() + mod[2][:, None].float() * add.float()) < torch.finfo(dtype).eps
+    assert torch.equal(seen, triton_rows.modulated_norm(total, mod[3], mod[4], fused.EPS))
+
+
+def test_a_gated_sum_beyond_fp16_is_clamped() -> None:
+    from trt_core.flux import triton_rows
+
+    x = torch.full((1, 2, 64), 6e4, device=DEVICE, dtype=torch.float16)
+    x[0, 1] = torch.nan
+    gate = torch.tensor([[1.0, -3.0]], device=DEVICE, dtype=torch.float16).repeat(1, 32)
+    total, _ = triton_rows.gated_norm(OpenSum(x, x, gate), gate, gate, fused.EPS)
+    assert total[0, 0].tolist() == [65504.0, -65504.0] * 32
+    assert total[0, 1].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -90,7 +118,7 @@ def test_compiled_code_uses_the_kernel() -> None:
     assert "norm_rope_kernel" in names[1]
 
 
-@pytest.mark.parametrize("name", ["_modulated_norm_kernel", "_join_gelu_kernel"])
+@pytest.mark.parametrize("name", ["_modulated_norm_kernel", "_gated_norm_kernel", "_join_gelu_kernel"])
 def test_compiled_rows_use_the_kernels(name: str) -> None:
     """One compilation for every number of tokens, with strided inputs that Inductor computes itself."""
     fused.load_kernels()
@@ -103,7 +131,11 @@ def test_compiled_rows_use_the_kernels(name: str) -> None:
         wide = torch.cat((x, x, x), -1) * 2
         return fused.join_gelu(x + 1, wide[..., 256:])
 
-    function = norm if name == "_modulated_norm_kernel" else join
+    def gated(x: torch.Tensor) -> torch.Tensor:
+        total, normed = fused.gated_norm(OpenSum(x * 2, x + 1, mod[0].to(x)), mod[0].to(x), mod[1].to(x))
+        return total + normed
+
+    function = {"_modulated_norm_kernel": norm, "_gated_norm_kernel": gated}.get(name, join)
     compiled = torch.compile(function, fullgraph=True)
     for tokens in (33, 64, 129):
         x = torch.randn(2, tokens, 256, device=DEVICE).bfloat16()

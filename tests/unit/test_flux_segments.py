@@ -14,6 +14,7 @@ from trt_core.flux import flash3_attention
 from trt_core.flux.architecture import FluxArchitecture
 from trt_core.flux.attention import attend, attention_function, runnable_kernels
 from trt_core.flux.catalogue import Axis, SegmentName, axis_range, segment
+from trt_core.flux.open_sum import OpenSum, closed, opened
 from trt_core.flux.rope import rope_cos_sin, rotate
 from trt_core.flux.segments import value_of
 from trt_core.flux.stem import timestep_embedding
@@ -53,23 +54,41 @@ def test_every_argument_matters(name: SegmentName) -> None:
 
 def test_a_split_double_block_is_the_whole_one() -> None:
     inputs = inputs_of(SegmentName.DOUBLE_BLOCK)
-    img, txt, img_mod, txt_mod = inputs[:4]
-    q, k, v = segment(SegmentName.DOUBLE_QKV, ARCH).function(*inputs[:16])
+    img, txt = OpenSum(*inputs[:3]).closed(), OpenSum(*inputs[3:6]).closed()
+    img_mod, txt_mod = inputs[6:8]
+    q, k, v = segment(SegmentName.DOUBLE_QKV, ARCH).function(img, txt, *inputs[6:20])
     attn = attend(q, k, v)
     halves = segment(SegmentName.DOUBLE_OUT, ARCH).function(
-        img, txt, attn[:, TXT:], attn[:, :TXT], img_mod, txt_mod, *inputs[16:]
+        img, txt, attn[:, TXT:], attn[:, :TXT], img_mod, txt_mod, *inputs[20:]
     )
     whole = segment(SegmentName.DOUBLE_BLOCK, ARCH, attend).function(*inputs)
-    assert all(torch.equal(a, b) for a, b in zip(halves, whole, strict=True))
+    sums = (OpenSum(*whole[:2], img_mod[5]), OpenSum(*whole[2:], txt_mod[5]))
+    assert all(torch.equal(a, b.closed()) for a, b in zip(halves, sums, strict=True))
 
 
 def test_a_split_single_block_is_the_whole_one() -> None:
     inputs = inputs_of(SegmentName.SINGLE_BLOCK)
-    x, mod = inputs[:2]
-    q, k, wide = segment(SegmentName.SINGLE_QKV_MLP, ARCH).function(*inputs[:8])
+    x, mod = OpenSum(*inputs[:3]).closed(), inputs[3]
+    q, k, wide = segment(SegmentName.SINGLE_QKV_MLP, ARCH).function(x, *inputs[3:10])
     attn = attend(q, k, value_of(wide, q))
-    half = segment(SegmentName.SINGLE_OUT, ARCH).function(x, attn, wide, mod, *inputs[8:])
-    assert torch.equal(half[0], segment(SegmentName.SINGLE_BLOCK, ARCH, attend).function(*inputs)[0])
+    half = segment(SegmentName.SINGLE_OUT, ARCH).function(x, attn, wide, mod, *inputs[10:])
+    whole = segment(SegmentName.SINGLE_BLOCK, ARCH, attend).function(*inputs)
+    assert torch.equal(half[0], OpenSum(*whole, mod[2]).closed())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_open_sums(dtype: torch.dtype) -> None:
+    """Closed they are x + gate * add, rounded once; a tensor that is opened stays what it is."""
+    x, add, gate = (torch.randn(shape, generator=torch.Generator().manual_seed(n)).to(dtype)
+                    for n, shape in enumerate(((2, 5, 48), (2, 5, 48), (2, 48))))  # fmt: skip
+    eps = torch.finfo(dtype).eps
+    expected = (x.double() + gate[:, None].double() * add.double()).to(dtype)
+    assert torch.allclose(OpenSum(x, add, gate).closed(), expected, rtol=eps, atol=eps)
+    mod = torch.full((3, 2, 48), torch.nan, dtype=dtype)
+    stream = opened(x, mod)
+    assert torch.equal(stream.closed(), x)
+    assert opened(stream, mod) is stream
+    assert closed(x) is x
 
 
 def test_weights_of_the_two_cuts_are_the_same() -> None:

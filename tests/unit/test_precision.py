@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.unit.sums import with_sums
 from tests.unit.tiny_flux import bfl_weights, shapes_of, tiny_transformer
 from trt_core import product_ranking
 from trt_core.backends.base import Request
@@ -292,7 +293,7 @@ def test_the_exact_reference_quantizes_no_inputs_and_is_left_by_an_error() -> No
 def test_wide_products_round_the_weights_alone(name: SegmentName, static: bool, tmp_path: Path) -> None:
     """Their error against unquantized inputs is bf16's, a tenth of that of FP8's own products."""
     wide = compiler(tmp_path, static, wide=frozenset({name.kind}))
-    made = wide.request(name, Attention.AUTO)
+    made = with_sums(wide.request(name, Attention.AUTO))
     assert 0 < error_ratio(EagerSegment(made), made) < 0.4
     for other in (wide.request(name), compiler(tmp_path, static).request(name, Attention.AUTO)):
         assert error_ratio(EagerSegment(other), other) == 1.0, "TensorRT's segments, and those of other kinds"

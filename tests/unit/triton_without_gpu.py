@@ -59,6 +59,7 @@ def compile_all(capability: int) -> None:
 def plain_calls() -> list[Callable[[], Any]]:
     from trt_core import triton_merge
     from trt_core.flux import triton_kernels, triton_rows
+    from trt_core.flux.open_sum import OpenSum
 
     x, wide, mod = empty(1, 64, HIDDEN), empty(1, 64, 3 * HIDDEN + MLP), empty(1, HIDDEN)
     q = wide[..., :HIDDEN].unflatten(-1, (HEADS, DIM))
@@ -66,6 +67,7 @@ def plain_calls() -> list[Callable[[], Any]]:
     base = empty(HIDDEN, HIDDEN)
     calls: list[Callable[[], Any]] = [
         lambda: triton_rows.modulated_norm(x, mod, mod, 1e-6),
+        lambda: triton_rows.gated_norm(OpenSum(x, x, mod), mod, mod, 1e-6),
         lambda: triton_rows.join_gelu(x, wide[..., 3 * HIDDEN :]),
         lambda: triton_kernels.norm_rope(q, q, norm, norm, cos, cos, cos, cos, 0, 1e-6),
     ]
@@ -81,6 +83,7 @@ def fp8_calls() -> list[Callable[[], Any]]:
     from trt_core import triton_merge
     from trt_core.flux import triton_attention, triton_rows, triton_weights
     from trt_core.flux.fp8_attention import QkvStream
+    from trt_core.flux.open_sum import OpenSum
 
     x, mlp, mod, one = empty(1, 64, HIDDEN), empty(1, 64, MLP), empty(1, HIDDEN), empty(1, dtype=FP32)
     norm, cos, base = empty(DIM), empty(64, DIM // 2, dtype=FP32), empty(HIDDEN, HIDDEN)
@@ -90,6 +93,7 @@ def fp8_calls() -> list[Callable[[], Any]]:
     for scale in (None, one):
         calls += [
             lambda scale=scale: triton_rows.modulated_norm_fp8(x, mod, mod, 1e-6, scale),
+            lambda scale=scale: triton_rows.gated_norm_fp8(OpenSum(x, x, mod), mod, mod, 1e-6, scale),
             lambda scale=scale: triton_rows.join_gelu_fp8(x, mlp, scale),
             lambda scale=scale: triton_rows.join_gelu_fp8(x.to(FP8), mlp, scale, one),
             lambda scale=scale: triton_rows.gelu_fp8(mlp, scale),
@@ -138,7 +142,8 @@ def modulations(batch: int, dtype: torch.dtype, scales: int) -> None:
 
 def interpret() -> None:
     """Raises `AssertionError` where a kernel's arithmetic is not that of plain PyTorch."""
-    from trt_core.flux import triton_kernels
+    from trt_core.flux import fused, triton_kernels, triton_rows
+    from trt_core.flux.open_sum import OpenSum
     from trt_core.flux.rope import rotate
 
     interpret_table()
@@ -151,6 +156,10 @@ def interpret() -> None:
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * scale
     pe = (angle.cos(), angle.sin())
     same(triton_kernels.norm_rope(x, x, scale, scale, *pe, *pe, 0, 1e-6), rotate(normed, *pe))
+    stream, mod = OpenSum(normal(2, 9, 48)[:, 2:], normal(2, 7, 50)[..., :48], normal(2, 48)), normal(6, 2, 48)
+    pairs = zip(triton_rows.gated_norm(stream, *mod[:2], 1e-6), fused.gated_norm(stream, *mod[:2]), strict=True)
+    for seen, expected in pairs:
+        same(seen, expected)
 
 
 def interpret_table() -> None:

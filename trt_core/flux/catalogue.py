@@ -14,7 +14,19 @@ import torch
 from torch import Tensor
 
 from ..config import Profile, ShapeRange
-from . import cudnn_attention, flash3_attention, fp8, fp8_attention, fp8_export, fused, linear, rope, segments, weights
+from . import (
+    cudnn_attention,
+    flash3_attention,
+    fp8,
+    fp8_attention,
+    fp8_export,
+    fused,
+    linear,
+    open_sum,
+    rope,
+    segments,
+    weights,
+)
 from .architecture import FluxArchitecture
 from .precision import FP8, INPUT_SCALE, PLAIN, SCALE, Bound, Precision
 
@@ -115,7 +127,7 @@ class Segment:
                 angle = normal(shape, 3.0, torch.float32)
                 inputs.append(angle.cos() if argument.name.endswith("cos") else angle.sin())
             else:
-                inputs.append(normal(shape, 0.3 if argument.name.endswith("mod") else 1.0, dtype))
+                inputs.append(normal(shape, 0.3 if argument.name.endswith(("mod", "gate")) else 1.0, dtype))
         if weights:
             return [*inputs, *weights]
         for weight in self.weights:
@@ -159,7 +171,18 @@ def axis_range(profile: Profile, axis: Axis) -> ShapeRange:
 @lru_cache(maxsize=1)
 def source_version() -> str:
     """Digest of the code that defines the segments: part of every engine's cache key, so an edit is a miss."""
-    modules = (segments, linear, fp8, fp8_attention, cudnn_attention, flash3_attention, fp8_export, fused, rope)
+    modules = (
+        segments,
+        linear,
+        fp8,
+        fp8_attention,
+        cudnn_attention,
+        flash3_attention,
+        fp8_export,
+        fused,
+        open_sum,
+        rope,
+    )
     text = "".join(inspect.getsource(module) for module in modules)
     text += "".join(path.read_text() for path in sorted(Path(fused.__file__).parent.glob("triton_*.py")))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -188,6 +211,13 @@ def segment(
     )
     double_in = (Argument("img", img), Argument("txt", txt), *mods, *double_pe)
     single_in = (Argument("x", x), mod, *single_pe)
+    gate = (Axis.BATCH, hidden)
+    double_open = tuple(
+        Argument(f"{stream}{part}", gate if part == "_gate" else shape)
+        for stream, shape in (("img", img), ("txt", txt))
+        for part in ("", "_add", "_gate")
+    )
+    single_open = (Argument("x", x), Argument("x_add", x), Argument("x_gate", gate))
     wide = (Axis.BATCH, Axis.ALL, 3 * hidden + mlp)
     table = {
         SegmentName.DOUBLE_QKV: (segments.double_qkv, double_in, weights.DOUBLE_QKV),
@@ -211,10 +241,12 @@ def segment(
     }
     if attention is not None:
         table[SegmentName.DOUBLE_BLOCK] = (
-            segments.double_block(attention), double_in, weights.DOUBLE_QKV + weights.DOUBLE_OUT,
+            segments.double_block(attention), (*double_open, *mods, *double_pe),
+            weights.DOUBLE_QKV + weights.DOUBLE_OUT,
         )  # fmt: skip
         table[SegmentName.SINGLE_BLOCK] = (
-            segments.single_block(attention), single_in, weights.SINGLE_QKV_MLP + weights.SINGLE_OUT,
+            segments.single_block(attention), (*single_open, mod, *single_pe),
+            weights.SINGLE_QKV_MLP + weights.SINGLE_OUT,
         )  # fmt: skip
     function, activations, names = table[name]
     shapes = weights.double_block_shapes(arch) | weights.single_block_shapes(arch)

@@ -46,16 +46,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @cache
+def _load() -> None:
+    # Its kernels alone: the Python around them wants einops and registers gradients.
+    importlib.import_module(f"{_MODULE}._C")
+
+
 def _why_not_loaded() -> str | None:
     try:
-        # Its kernels alone: the Python around them wants einops and registers gradients.
-        importlib.import_module(f"{_MODULE}._C")
+        _load()
     except (ImportError, OSError) as error:
         return f"{FLASH3} does not start with torch {torch.__version__}: {first_line(error)}"
     return None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    _load()  # a process that finds its plan, and its blocks compiled, has asked nobody whether it can run
     # One split: without it the kernel's own rule asks how long sequences are, and may sum in another order.
     return torch.ops.fa3_fwd.fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, num_splits=1)[0]
 

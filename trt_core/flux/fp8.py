@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fused
+from .open_sum import OpenSum
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -58,6 +59,17 @@ def quantize_norm(x: Tensor, shift: Tensor, scale: Tensor, input_scale: Tensor |
     if kernels is not None:
         return kernels.modulated_norm_fp8(x, shift, scale, fused.EPS, input_scale)
     return quantize(fused.modulated_norm(x, shift, scale), input_scale)
+
+
+def quantize_gated_norm(
+    stream: OpenSum, shift: Tensor, scale: Tensor, input_scale: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The stream added up [B, L, D], and its `fused.modulated_norm` in E4M3 with its scales."""
+    kernels = fused.row_kernels(stream.x, stream.x.shape[-1])
+    if kernels is not None:
+        return kernels.gated_norm_fp8(stream, shift, scale, fused.EPS, input_scale)
+    x = stream.closed()
+    return x, quantize_norm(x, shift, scale, input_scale)
 
 
 def quantize_gelu(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:

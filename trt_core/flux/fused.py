@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import operators
+from .open_sum import OpenSum
 from .rope import rotate
 
 EPS = 1e-6
@@ -72,6 +73,15 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return kernels.modulated_norm(x, shift, scale, EPS)
     normed = F.layer_norm(x, (x.shape[-1],), eps=EPS)
     return normed * (1 + scale[:, None, :]) + shift[:, None, :]
+
+
+def gated_norm(stream: OpenSum, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The stream added up [B, L, D], and its `modulated_norm`."""
+    kernels = row_kernels(stream.x, stream.x.shape[-1])
+    if kernels is not None:
+        return kernels.gated_norm(stream, shift, scale, EPS)
+    x = stream.closed()
+    return x, modulated_norm(x, shift, scale)
 
 
 def join_gelu(attn: Tensor, mlp: Tensor) -> Tensor:

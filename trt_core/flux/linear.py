@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import fp8, fp8_export
 from .fp8_attention import Fp8Activation
-from .fused import join_gelu, modulated_norm
+from .fused import gated_norm, join_gelu, modulated_norm
+from .open_sum import OpenSum
 
 
 class Fp8Weight(NamedTuple):
@@ -86,6 +87,17 @@ def norm_linear(x: Tensor, shift: Tensor, scale: Tensor, weight: Weight, bias: T
     if isinstance(weight, Tensor) or _needs_inputs(weight):
         return linear(modulated_norm(x, shift, scale), weight, bias)
     return _product(fp8.quantize_norm(x, shift, scale, weight.input_scale), weight, bias, x.dtype)
+
+
+def gated_norm_linear(
+    stream: OpenSum, shift: Tensor, scale: Tensor, weight: Weight, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The stream added up [B, L, hidden], and its `norm_linear`."""
+    if isinstance(weight, Tensor) or _needs_inputs(weight):
+        x, normed = gated_norm(stream, shift, scale)
+        return x, linear(normed, weight, bias)
+    x, quantized = fp8.quantize_gated_norm(stream, shift, scale, weight.input_scale)
+    return x, _product(quantized, weight, bias, x.dtype)
 
 
 def gelu_linear(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .open_sum import OpenSum
+
 ROUNDED, STATIC, PER_ROW = 0, 1, 2
 
 
@@ -97,6 +99,13 @@ def _quantize_kernel(
 
 
 @triton.jit
+def _modulated(x, shift, scale, EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Layer norm of WIDTH numbers, times 1 + scale, plus shift; 0 in columns beyond WIDTH, where both are 0."""
+    x = tl.where(tl.arange(0, BLOCK) < WIDTH, x - tl.sum(x, axis=0) / WIDTH, 0.0)
+    return x * tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + EPS) * (1.0 + scale) + shift
+
+
+@triton.jit
 def _modulated_norm_kernel(
     x_ptr, mod_shift_ptr, mod_scale_ptr, out_ptr, scale_ptr,
     tokens, x_stride_b, x_stride_l, shift_stride_b, scale_stride_b,
@@ -107,8 +116,32 @@ def _modulated_norm_kernel(
     x = _load(x_ptr + _offset(row, tokens, x_stride_b, x_stride_l), 0, WIDTH, BLOCK)
     shift = _load(mod_shift_ptr + batch * shift_stride_b, 0, WIDTH, BLOCK)
     scale = _load(mod_scale_ptr + batch * scale_stride_b, 0, WIDTH, BLOCK)
-    x = tl.where(tl.arange(0, BLOCK) < WIDTH, x - tl.sum(x, axis=0) / WIDTH, 0.0)
-    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + EPS) * (1.0 + scale) + shift
+    x = _modulated(x, shift, scale, EPS, WIDTH, BLOCK)
+    factor = _factor(amax_bits(x), scale_ptr, row, QUANTIZE)
+    _store(out_ptr + row.to(tl.int64) * WIDTH, 0, x, factor, WIDTH, BLOCK, QUANTIZE)
+
+
+@triton.jit
+def _gated_norm_kernel(
+    x_ptr, add_ptr, gate_ptr, mod_shift_ptr, mod_scale_ptr, sum_ptr, out_ptr, scale_ptr,
+    tokens, x_stride_b, x_stride_l, add_stride_b, add_stride_l, gate_stride_b, shift_stride_b, scale_stride_b,
+    EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUANTIZE: tl.constexpr,
+):  # fmt: skip
+    """x + gate * add, rounded and stored, and the modulated norm of what was stored."""
+    row = tl.program_id(0)
+    batch = (row // tokens).to(tl.int64)
+    x = _load(x_ptr + _offset(row, tokens, x_stride_b, x_stride_l), 0, WIDTH, BLOCK)
+    add = _load(add_ptr + _offset(row, tokens, add_stride_b, add_stride_l), 0, WIDTH, BLOCK)
+    gate = _load(gate_ptr + batch * gate_stride_b, 0, WIDTH, BLOCK)
+    shift = _load(mod_shift_ptr + batch * shift_stride_b, 0, WIDTH, BLOCK)
+    scale = _load(mod_scale_ptr + batch * scale_stride_b, 0, WIDTH, BLOCK)
+    x = x + gate * add
+    if sum_ptr.dtype.element_ty == tl.float16:
+        x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+    rounded = x.to(sum_ptr.dtype.element_ty)
+    column = tl.arange(0, BLOCK)
+    tl.store(sum_ptr + row.to(tl.int64) * WIDTH + column, rounded, mask=column < WIDTH)
+    x = _modulated(rounded.to(tl.float32), shift, scale, EPS, WIDTH, BLOCK)
     factor = _factor(amax_bits(x), scale_ptr, row, QUANTIZE)
     _store(out_ptr + row.to(tl.int64) * WIDTH, 0, x, factor, WIDTH, BLOCK, QUANTIZE)
 
@@ -155,6 +188,21 @@ def modulated_norm_fp8(
     return _modulated_norm(x, shift, scale, eps, PER_ROW if input_scale is None else STATIC, input_scale)
 
 
+def gated_norm(stream: OpenSum, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`fused.gated_norm` as two contiguous [B, L, D], each rounded once; x and add may be strided."""
+    x, out, _ = _gated_norm(stream, shift, scale, eps, ROUNDED, None)
+    return x, out
+
+
+def gated_norm_fp8(
+    stream: OpenSum, shift: Tensor, scale: Tensor, eps: float, input_scale: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`gated_norm` with the norm in E4M3 and its scales, as in `modulated_norm_fp8`."""
+    mode = PER_ROW if input_scale is None else STATIC
+    x, out, scales = _gated_norm(stream, shift, scale, eps, mode, input_scale)
+    return x, (out, scales)
+
+
 def join_gelu(attn: Tensor, mlp: Tensor) -> Tensor:
     """`fused.join_gelu` as a contiguous [B, L, hidden + mlp_hidden]; both may be strided over batch and tokens."""
     return _join_gelu(attn, mlp, attn.shape[-1], ROUNDED, None)[0]
@@ -194,6 +242,21 @@ def _modulated_norm(
         EPS=eps, WIDTH=width, BLOCK=triton.next_power_of_2(width), QUANTIZE=mode, num_warps=_warps(width),
     )  # fmt: skip
     return out, scales
+
+
+def _gated_norm(
+    stream: OpenSum, shift: Tensor, scale: Tensor, eps: float, mode: int, input_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, add, gate, shift, scale = (_rows(tensor) for tensor in (*stream, shift, scale))
+    width = x.shape[-1]
+    out, scales = _outputs(x, width, mode, input_scale)
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _gated_norm_kernel[(x.shape[0] * x.shape[1],)](
+        x, add, gate, shift, scale, total, out, scales, x.shape[1], x.stride(0), x.stride(1),
+        add.stride(0), add.stride(1), gate.stride(0), shift.stride(0), scale.stride(0),
+        EPS=eps, WIDTH=width, BLOCK=triton.next_power_of_2(width), QUANTIZE=mode, num_warps=_warps(width),
+    )  # fmt: skip
+    return total, out, scales
 
 
 def _join_gelu(
