@@ -34,8 +34,9 @@ def opened(stream: Stream, mod: Tensor) -> OpenSum:
     """`stream` with something left to add: nothing, gated by zeros, where it is a tensor. `mod` [n, B, hidden]."""
     if isinstance(stream, OpenSum):
         return stream
-    # Another tensor object of the same memory: for Dynamo, one that comes twice is a case of its own to compile.
-    return OpenSum(stream, stream.view(stream.shape), torch.zeros_like(mod[-1]))
+    # Another tensor object of the same memory: for Dynamo, one that comes twice is a case of its own to compile. No
+    # view of it: PyTorch 2.11 loses track of sizes that only a view's base has, and fails at the second batch size.
+    return OpenSum(stream, stream.detach(), torch.zeros_like(mod[-1]))
 
 
 def closed(stream: Stream) -> Tensor:
