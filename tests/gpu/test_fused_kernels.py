@@ -50,6 +50,40 @@ def test_modulated_norm(dtype: torch.dtype, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("n_txt", [0, 5])
+@pytest.mark.parametrize("heads", [3, 24])
+def test_norm_rope_qk(dtype: torch.dtype, n_txt: int, heads: int) -> None:
+    """q and k in one launch have the bits of two launches."""
+    from trt_core.flux import triton_kernels
+
+    width = heads * 128
+    img, txt = (torch.randn(2, n, 3 * width + 16, device=DEVICE).to(dtype) for n in (33, max(n_txt, 1)))
+    norms = [tuple(torch.randn(2, 128, device=DEVICE).to(dtype)) for _ in range(2)]
+    pe = [torch.randn(n, 64, device=DEVICE) for n in (33, 33, max(n_txt, 1), max(n_txt, 1))]
+    first = [x[..., :width].unflatten(-1, (heads, 128)) for x in (img, txt)]
+    keys = [x[..., width : 2 * width].unflatten(-1, (heads, 128)) for x in (img, txt)]
+    seen = triton_kernels.norm_rope_qk(*first, *norms, *pe, n_txt, fused.EPS)
+    assert torch.equal(seen[0], triton_kernels.norm_rope(*first, norms[0][0], norms[1][0], *pe, n_txt, fused.EPS))
+    assert torch.equal(seen[1], triton_kernels.norm_rope(*keys, norms[0][1], norms[1][1], *pe, n_txt, fused.EPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_joint_product(dtype: torch.dtype) -> None:
+    """The bits of two products, in two kernels."""
+    img, txt = (torch.randn(1, n, 256, device=DEVICE).to(dtype) for n in (64, 24))
+    layers = [((torch.randn(384, 256, device=DEVICE) / 16).to(dtype), torch.randn(384, device=DEVICE).to(dtype))
+              for _ in range(2)]  # fmt: skip
+    compiled = torch.compile(fused.joint_product, fullgraph=True)
+    seen = compiled(img, txt, *layers)
+    expected = torch.cat((torch.nn.functional.linear(txt, *layers[1]), torch.nn.functional.linear(img, *layers[0])), 1)
+    assert torch.equal(seen, expected)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        compiled(img, txt, *layers)
+        torch.cuda.synchronize()
+    assert sum(e.count for e in profile.key_averages() if e.self_device_time_total > 0) == 2
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("width", [48, 256, 3072])
 def test_gated_norm(dtype: torch.dtype, width: int) -> None:
     """The sum has the bits of PyTorch's, rounded once, and the norm is that of the rounded sum."""

@@ -70,6 +70,7 @@ def plain_calls() -> list[Callable[[], Any]]:
         lambda: triton_rows.gated_norm(OpenSum(x, x, mod), mod, mod, 1e-6),
         lambda: triton_rows.join_gelu(x, wide[..., 3 * HIDDEN :]),
         lambda: triton_kernels.norm_rope(q, q, norm, norm, cos, cos, cos, cos, 0, 1e-6),
+        lambda: triton_kernels.norm_rope_qk(q, q, (norm, norm), (norm, norm), cos, cos, cos, cos, 64, 1e-6),
     ]
     for batch in (1, 2, 8):
         for dtype, scales in ((BF16, 0), (torch.int8, 2), (torch.int8, 1)):
@@ -156,6 +157,13 @@ def interpret() -> None:
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * scale
     pe = (angle.cos(), angle.sin())
     same(triton_kernels.norm_rope(x, x, scale, scale, *pe, *pe, 0, 1e-6), rotate(normed, *pe))
+    img, txt, norms = normal(2, 5, 144), normal(2, 3, 150)[..., :144], [(normal(16), normal(16)) for _ in range(2)]
+    text_pe = (normal(3, 8), normal(3, 8))
+    q, other = img[..., :48].unflatten(-1, (3, 16)), txt[..., :48].unflatten(-1, (3, 16))
+    same(
+        triton_kernels.norm_rope_qk(q, other, *norms, *pe, *text_pe, 3, 1e-6),
+        torch.stack(fused.norm_rope_qk(img, txt, *norms, pe, text_pe)),
+    )
     stream, mod = OpenSum(normal(2, 9, 48)[:, 2:], normal(2, 7, 50)[..., :48], normal(2, 48)), normal(6, 2, 48)
     pairs = zip(triton_rows.gated_norm(stream, *mod[:2], 1e-6), fused.gated_norm(stream, *mod[:2]), strict=True)
     for seen, expected in pairs:

@@ -27,6 +27,9 @@ EPS = 1e-6
 MAX_ROW = 16384
 """A program of the row kernels holds a whole row in registers; wider rows take the plain path."""
 
+Layer = tuple[Tensor, Tensor]
+"""Weight [N, K] and bias [N]."""
+
 _kernels: ModuleType | None = None
 _row_kernels: ModuleType | None = None
 _weight_kernels: ModuleType | None = None
@@ -141,6 +144,36 @@ def joint_norm_rope(
     return torch.cat(parts, dim=1)
 
 
+def norm_rope_qk(
+    img: Tensor, txt: Tensor | None, img_scales: tuple[Tensor, Tensor], txt_scales: tuple[Tensor, Tensor],
+    img_angles: tuple[Tensor, Tensor], txt_angles: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`norm_rope`, or with `txt` `joint_norm_rope`, of q and of k, each [B, L, H, D].
+
+    `img` [B, n_img, ...] and `txt` hold q, then k in their first columns, dense in the last axis. Scales: q's and k's.
+    """
+    dim = img_scales[0].shape[0]
+    if _use_kernels(img) and _kernels is not None:
+        n_txt, other = (0, img) if txt is None else (txt.shape[1], txt)
+        parts = (_heads(img, 0, dim), _heads(other, 0, dim), img_scales, txt_scales, *img_angles, *txt_angles)
+        both = _kernels.norm_rope_qk(*parts, n_txt, EPS)
+        return both[0], both[1]
+    q, k = (
+        norm_rope(_heads(img, n, dim), img_scales[n], *img_angles)
+        if txt is None
+        else joint_norm_rope(
+            _heads(txt, n, dim), _heads(img, n, dim), txt_scales[n], img_scales[n], *txt_angles, *img_angles
+        )
+        for n in (0, 1)
+    )
+    return q, k
+
+
+def joint_product(img: Tensor, txt: Tensor, img_layer: Layer, txt_layer: Layer) -> Tensor:
+    """Both streams' products [1, n_txt + n_img, N], text first: written where they are wanted, they need no joining."""
+    return _JOINT_PRODUCT(img, txt, *img_layer, *txt_layer)
+
+
 def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
     """RMS norm over the last axis. Compiled, it stays in fp32 and is fused with RoPE; eager, it is one kernel."""
     if not torch.compiler.is_compiling():
@@ -153,6 +186,28 @@ def _use_kernels(x: Tensor) -> bool:
     """Only inside Inductor's code: TensorRT's export must see plain operations, and eager is everyone's reference."""
     # Not is_exporting(): Dynamo answers True to that as well.
     return x.is_cuda and torch.compiler.is_dynamo_compiling()
+
+
+def _heads(qkv: Tensor, part: int, dim: int) -> Tensor:
+    """q, k or v [B, n, H, D] of [B, n, 3 * H * D], a view."""
+    width = qkv.shape[-1] // 3
+    return qkv[..., part * width : (part + 1) * width].unflatten(-1, (-1, dim))
+
+
+def _joint_product(
+    img: Tensor, txt: Tensor, img_weight: Tensor, img_bias: Tensor, txt_weight: Tensor, txt_bias: Tensor
+) -> Tensor:
+    n_txt = txt.shape[1]
+    out = img.new_empty((n_txt + img.shape[1], img_weight.shape[0]))
+    torch.addmm(txt_bias, txt[0], txt_weight.t(), out=out[:n_txt])
+    torch.addmm(img_bias, img[0], img_weight.t(), out=out[n_txt:])
+    return out[None]
+
+
+def _empty_joint_product(
+    img: Tensor, txt: Tensor, img_weight: Tensor, img_bias: Tensor, txt_weight: Tensor, txt_bias: Tensor
+) -> Tensor:
+    return img.new_empty((1, txt.shape[1] + img.shape[1], img_weight.shape[0]))
 
 
 def _accumulated_product(attn: Tensor, mlp: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -171,4 +226,13 @@ def _empty_product(attn: Tensor, mlp: Tensor, weight: Tensor, bias: Tensor) -> T
 _ACCUMULATED_PRODUCT = operators.define(
     __name__, "accumulated_product(Tensor attn, Tensor mlp, Tensor weight, Tensor bias) -> Tensor",
     _accumulated_product, _accumulated_product, _empty_product,
+)  # fmt: skip
+
+# An operator, because Inductor lets no product write into a part of a tensor. For one picture: of several, the rows of
+# either stream are not together.
+_JOINT_PRODUCT = operators.define(
+    __name__,
+    "joint_product(Tensor img, Tensor txt, Tensor img_weight, Tensor img_bias, Tensor txt_weight, Tensor txt_bias)"
+    " -> Tensor",
+    _joint_product, _joint_product, _empty_joint_product,
 )  # fmt: skip

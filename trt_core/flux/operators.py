@@ -24,7 +24,7 @@ def define(
     twice, as a library and as a ComfyUI pack, whose name is a path.
     """
     namespace, name = re.sub(r"\W", "_", module), signature.partition("(")[0]
-    library = torch.library.Library(namespace, "DEF")
+    library = torch.library.Library(namespace, "FRAGMENT")  # a module may define several
     library.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
     for device, function in (("CUDA", on_cuda), ("CPU", on_cpu), ("Meta", shape)):
         library.impl(name, function, device)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .fp8_attention import QkvStream, attend_fp8, attend_qkv
-from .fused import gated_norm, gelu_product, has_gelu_epilogue, joined_product, joint_norm_rope, norm_rope
+from .fused import gated_norm, gelu_product, has_gelu_epilogue, joined_product, joint_product, norm_rope_qk
 from .linear import (
     Activation,
     Weight,
@@ -94,12 +94,21 @@ def double_block(attention: AttentionFunction) -> Callable[..., tuple[Tensor, Te
         img_cos: Tensor, img_sin: Tensor, txt_cos: Tensor, txt_sin: Tensor, *weights: Weight,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         img_qkv, img_bias, img_query, img_key, txt_qkv, txt_bias, txt_query, txt_key = weights[:8]
-        img, img_out = gated_norm_linear(OpenSum(img, img_add, img_gate), img_mod[0], img_mod[1], img_qkv, img_bias)
-        txt, txt_out = gated_norm_linear(OpenSum(txt, txt_add, txt_gate), txt_mod[0], txt_mod[1], txt_qkv, txt_bias)
+        img_stream, txt_stream = OpenSum(img, img_add, img_gate), OpenSum(txt, txt_add, txt_gate)
+        if _written_together(img, attention, img_qkv, txt_qkv):
+            img, img_normed = gated_norm(img_stream, img_mod[0], img_mod[1])
+            txt, txt_normed = gated_norm(txt_stream, txt_mod[0], txt_mod[1])
+            joint = joint_product(img_normed, txt_normed, (img_qkv, img_bias), (txt_qkv, txt_bias))
+            txt_out, img_out = joint.split((txt.shape[1], img.shape[1]), 1)
+        else:
+            joint = None
+            img, img_out = gated_norm_linear(img_stream, img_mod[0], img_mod[1], img_qkv, img_bias)
+            txt, txt_out = gated_norm_linear(txt_stream, txt_mod[0], txt_mod[1], txt_qkv, txt_bias)
         img_attn, txt_attn = _joint_attention(
             attention,
             QkvStream(img_out, img_query, img_key, img_cos, img_sin),
             QkvStream(txt_out, txt_query, txt_key, txt_cos, txt_sin),
+            joint,
         )
         img_sum = _after_attention(img, img_attn, img_mod, *weights[8:14])
         txt_sum = _after_attention(txt, txt_attn, txt_mod, *weights[14:])
@@ -146,22 +155,34 @@ def _cut_single_block(
 
 def _joint_qkv(img: QkvStream, txt: QkvStream) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of both streams, text first, normalised and rotated."""
-    img_q, img_k, img_v = split_heads(img.qkv, img.query_norm.shape[0])
-    txt_q, txt_k, txt_v = split_heads(txt.qkv, img.query_norm.shape[0])
-    pe = (txt.cos, txt.sin, img.cos, img.sin)
-    q = joint_norm_rope(txt_q, img_q, txt.query_norm, img.query_norm, *pe)
-    k = joint_norm_rope(txt_k, img_k, txt.key_norm, img.key_norm, *pe)
-    return q, k, torch.cat((txt_v, img_v), 1)
+    q, k = _normed_qk(img, txt)
+    values = [split_heads(stream.qkv, stream.query_norm.shape[0])[2] for stream in (txt, img)]
+    return q, k, torch.cat(values, 1)
 
 
-def _joint_attention(attention: AttentionFunction, img: QkvStream, txt: QkvStream) -> tuple[Activation, Activation]:
-    """Attention's output for img and txt. In E4M3, q, k, v are rounded to it where they are made and joined."""
+def _joint_attention(
+    attention: AttentionFunction, img: QkvStream, txt: QkvStream, joint: Tensor | None
+) -> tuple[Activation, Activation]:
+    """Attention's output for img and txt. In E4M3, q, k, v are rounded to it where they are made and joined.
+
+    `joint`: both streams' products where they lie one after the other already.
+    """
     n_txt, heads = txt.qkv.shape[1], img.qkv.shape[-1] // (3 * img.query_norm.shape[0])
     if attention is attend_fp8:
         quantized = attend_qkv(img, txt, heads)
         return quantized.tokens(n_txt, None), quantized.tokens(0, n_txt)
-    attn = attention(*_joint_qkv(img, txt))
+    if joint is None:
+        attn = attention(*_joint_qkv(img, txt))
+    else:
+        q, k = _normed_qk(img, txt)
+        attn = attention(q, k, value_of(joint, q))
     return attn[:, n_txt:], attn[:, :n_txt]
+
+
+def _written_together(x: Tensor, attention: AttentionFunction, *weights: Weight) -> bool:
+    """Whether both streams' products are written into one tensor, so that v is not copied there (`joint_product`)."""
+    plain = all(isinstance(weight, Tensor) for weight in weights)
+    return x.shape[0] == 1 and has_gelu_epilogue(x) and attention is not attend_fp8 and plain
 
 
 def _attention(attention: AttentionFunction, stream: QkvStream, hidden: int) -> Activation:
@@ -173,9 +194,15 @@ def _attention(attention: AttentionFunction, stream: QkvStream, hidden: int) -> 
 
 
 def _rotated(stream: QkvStream, hidden: int) -> tuple[Tensor, Tensor]:
-    q, k, _ = split_heads(stream.qkv[..., : 3 * hidden], stream.query_norm.shape[0])
-    pe = (stream.cos, stream.sin)
-    return norm_rope(q, stream.query_norm, *pe), norm_rope(k, stream.key_norm, *pe)
+    norms, pe = (stream.query_norm, stream.key_norm), (stream.cos, stream.sin)
+    return norm_rope_qk(stream.qkv[..., : 3 * hidden], None, norms, norms, pe, pe)
+
+
+def _normed_qk(img: QkvStream, txt: QkvStream) -> tuple[Tensor, Tensor]:
+    return norm_rope_qk(
+        img.qkv, txt.qkv, (img.query_norm, img.key_norm), (txt.query_norm, txt.key_norm),
+        (img.cos, img.sin), (txt.cos, txt.sin),
+    )  # fmt: skip
 
 
 def _after_attention(
