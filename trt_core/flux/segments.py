@@ -2,7 +2,7 @@
 
 Each function can be compiled by TensorRT or Inductor or run as it is; all have the same signature. Architecture:
 https://github.com/black-forest-labs/flux (src/flux/modules/layers.py). Modulations are inputs, because they depend only
-on timestep, guidance and pooled text: `stem.Modulations` computes them beside the blocks.
+on timestep, guidance and pooled text: `modulation_table` and `stem.Modulations` compute them beside the blocks.
 
 Shapes: img [B, n_img, hidden], txt [B, n_txt, hidden], x [B, n_txt + n_img, hidden], text first; q, k, v [B, L, H, D];
 a modulation is [6, B, hidden] (shift, scale, gate for attention, then for the MLP) or [3, B, hidden] (single block).
