@@ -194,10 +194,11 @@ def element_bytes(arch: FluxArchitecture, call: Call) -> Mapping[Kind, float]:
     final = call.batch * call.img_tokens * hidden * 2 * wide
     angles = (call.img_tokens + call.txt_tokens) * arch.head_dim * 4  # cos and sin, fp32, half a head each
     return {
-        Kind.NORM: (2 * double + single) * rows * hidden * (wide + product) + final,
+        # A norm adds up the sum before it in the same kernel: of both, one pass.
+        Kind.NORM: (2 * double + single) * rows * hidden * (3 * wide + product) + final,
         Kind.GELU: (double * mlp + single * (hidden + mlp)) * rows * (wide + product),
         Kind.QK: (double + single) * (rows * hidden * 4 * wide + angles),
-        Kind.GATE: (2 * double + single) * rows * hidden * 3 * wide,
+        Kind.GATE: 0,
         Kind.QUANTIZE: double * rows * hidden * (wide + product) if call.fp8 else 0,
     }
 

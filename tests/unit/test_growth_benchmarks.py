@@ -126,7 +126,9 @@ def test_floors_of_a_step_on_an_h200() -> None:
     floor = kernels.floors(FLUX, AT_1024, "NVIDIA H200")
     assert floor[Kind.QK] == pytest.approx(57 * (4 * 4608 * 3072 * 2 + 4608 * 128 * 4) / 4.8e12 * 1e3)
     assert floor[Kind.ATTENTION] == pytest.approx(57 * 4 * 4608**2 * 3072 / 989e12 * 1e3)
-    assert floor[Kind.GATE] == pytest.approx((2 * 19 + 38) * 3 * 4608 * 3072 * 2 / 4.8e12 * 1e3)
+    final = 4096 * 3072 * 2 * 2
+    assert floor[Kind.NORM] == pytest.approx(((2 * 19 + 38) * 4 * 4608 * 3072 * 2 + final) / 4.8e12 * 1e3)
+    assert floor[Kind.GATE] == 0, "a sum and the norm after it are one pass"
     assert floor[Kind.GELU] == pytest.approx((19 * 12288 + 38 * 15360) * 4608 * 4 / 4.8e12 * 1e3)
     one_row = (19 * 2 * 6 + 38 * 3 + 2 + 3) * 3072**2 + (256 + 256 + 768) * 3072
     assert floor[Kind.MODULATION] == pytest.approx(one_row * 2 / 4.8e12 * 1e3)
