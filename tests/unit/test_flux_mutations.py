@@ -13,6 +13,7 @@ from torch.nn import functional
 from tests.unit.tiny_flux import FP32_BOUND, bfl_weights, fp32_error, tiny_transformer
 from trt_core import step
 from trt_core.flux import fused, linear, rope, segments, stem
+from trt_core.flux.open_sum import OpenSum
 
 Weights = dict[str, Tensor]
 
@@ -82,6 +83,11 @@ def _key_as_value(wide: Tensor, q: Tensor) -> Tensor:
     return wide[..., HIDDEN : 2 * HIDDEN].unflatten(-1, q.shape[-2:])
 
 
+def _ungated(stream: OpenSum) -> Tensor:
+    """Zeros, the gate before the first block, stay: nothing has been added there yet."""
+    return stream.x + stream.gate.ne(0)[:, None, :] * stream.add
+
+
 CODE_MISTAKES = {
     "RoPE axes exchanged": (step, "rope_cos_sin", _axes_swapped),
     "RoPE of another theta": (step, "rope_cos_sin", lambda ids, axes, _: rope.rope_cos_sin(ids, axes, 1e3)),
@@ -99,7 +105,7 @@ CODE_MISTAKES = {
     "layer norm's epsilon": (fused, "EPS", 1e-2),
     "no q/k norm": (fused, "rms_norm", lambda x, scale: x * scale),
     "q/k norm without gain": (fused, "rms_norm", lambda x, scale: functional.rms_norm(x, x.shape[-1:])),
-    "no gate": (segments, "gate", lambda value: 1.0),
+    "no gate": (OpenSum, "closed", _ungated),
     "exact gelu": (
         segments, "gelu_linear",
         lambda x, w, b: functional.linear(functional.gelu(x), w, b),
