@@ -134,7 +134,8 @@ def _peaks(scenario: Scenario, peaks: MemoryPeaks | None) -> Line:
     on_host = WEIGHTS_BYTES if scenario.base_weights == "host" else 0
     return {
         "gpu_peak_bytes": peaks.gpu_bytes, "host_peak_bytes_above_weights": peaks.host_bytes_without(on_host),
-        "host_counts_pinned": peaks.counts_pinned,
+        "host_counts_pinned": peaks.counts_pinned, "host_peak_seconds": round(peaks.host_peak_seconds, 1),
+        "host_peak_shares": [share._asdict() for share in peaks.host_shares],
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,11 +27,14 @@ from . import model as models
 from .fp8_budget import wait
 from .fp8_calls import call
 from .fp8_lines import TINY, TINY_PX, TINY_TEXT_TOKENS, Line, append, device_of
-from .kernels import PEAKS, Call, Kind, floors, totals
+from .kernels import PEAKS, Call, Kind, floors, kind_of, totals
 from .lines import RESULTS
 from .pictures import Pictures, pipeline
 from .report import profile_rows, profile_title
 from .run import machine
+
+_NAME_LENGTH = 60
+_MOST_PAIRS = 30
 
 
 class Kernel(NamedTuple):
@@ -91,7 +95,25 @@ def summary(kernels: Sequence[Kernel], steps: int, step_ms: float, floor: dict[K
     if floor:
         line["floor_ms"] = sum(floor.values())
     line["other"] = dict(sorted(others.items(), key=lambda item: -item[1]))
+    line["copies_before"] = copies_before(kernels, steps)
     return line
+
+
+def copies_before(kernels: Sequence[Kernel], steps: int) -> dict[str, float]:
+    """Whose copies and memsets they are: launches in a step by "copy -> the next kernel that is none", the most first.
+
+    Products and attention bring memsets of their own, a microsecond each with its launch: which ones, cannot be seen in
+    a sum over all.
+    """
+    found: Counter[str] = Counter()
+    waiting: list[str] = []
+    for kernel in kernels:
+        if kind_of(kernel.name) is Kind.COPY:
+            waiting.append(kernel.name)
+            continue
+        found.update(f"{name[:_NAME_LENGTH]} -> {kernel.name[:_NAME_LENGTH]}" for name in waiting)
+        waiting.clear()
+    return {pair: count / steps for pair, count in found.most_common(_MOST_PAIRS)}
 
 
 def measure(
@@ -126,7 +148,8 @@ def shown(line: Line) -> str:
     table = [f"{row[0]:<{widths[0]}}" + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
              for row in rows]  # fmt: skip
     others = [f"other: {ms:.3f} ms  {name[:100]}" for name, ms in list(line["other"].items())[:12]]
-    return "\n".join((profile_title(line), *table, *others)) + "\n"
+    copies = [f"{count:.0f} times {pair}" for pair, count in list(line["copies_before"].items())[:12]]
+    return "\n".join((profile_title(line), *table, *others, *copies)) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
