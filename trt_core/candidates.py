@@ -24,6 +24,10 @@ def halves() -> list[SegmentName]:
     return [name for kind in BlockKind for name in SPLIT_SEGMENTS[kind]]
 
 
+def second_halves() -> list[SegmentName]:
+    return [SPLIT_SEGMENTS[kind][1] for kind in BlockKind]
+
+
 def first_segments(backend: Backend, layout: Layout | None) -> list[SegmentName]:
     """Segments to build first: halves for TensorRT and eager, whole blocks for Inductor.
 

@@ -161,18 +161,54 @@ def _fastest(
 
 
 def why_not_whole_tensorrt(
-    kind: BlockKind, measured: Mapping[tuple[SegmentName, Backend], float], best_ms: float
+    kind: BlockKind,
+    measured: Mapping[tuple[SegmentName, Backend], float],
+    best_ms: float,
+    hopeless: Collection[SegmentName] = (),
 ) -> str | None:
     """The reason why a whole TensorRT block need not be built, or None.
 
     It does the same work as TensorRT's two halves plus attention. Where the halves alone are already slower than the
-    best block measured, it cannot win, and building it would cost the artist 20 s.
+    best block measured, it cannot win, and building it would cost the artist 20 s. Nor can it where its second half is
+    one of the `hopeless` ones: with attention that is no faster than what was measured between segments, those beat no
+    block even beside the fastest first half (`why_not_second_half`).
     """
+    second = SPLIT_SEGMENTS[kind][1]
+    if second in hopeless:
+        return f"it does the work of {second.value}, too, which is left out"
     halves = [measured.get((name, Backend.TENSORRT)) for name in SPLIT_SEGMENTS[kind]]
     known = [ms for ms in halves if ms is not None]
     if len(known) < len(halves) or sum(known) <= best_ms:
         return None
     return f"its halves take {sum(known):.2f} ms without attention, the best whole block {best_ms:.2f} ms"
+
+
+_SECOND_TO_FIRST = 3 / 4
+"""The least that TensorRT's second half takes of its products' time, to what its first half takes of its own."""
+
+
+def why_not_second_half(
+    first_ms: float, first_products_ms: float, products_ms: float, best_ms: float, attention_ms: float
+) -> str | None:
+    """The reason why TensorRT's second half of a block need not be built, or None.
+
+    `first_ms` is what TensorRT's first half takes, `first_products_ms` and `products_ms` what the matrix products of
+    the first and the second half take alone. Assumed is that TensorRT's halves resemble each other: if the first takes
+    n times its products, the second takes 3/4 n times its own or more (measured on an H100 in bf16: 2.4 and 2.2 times
+    for the double block's halves, 2.2 and 2.2 for the single block's). And that whatever runs the first half takes as
+    long as its products, or as TensorRT where that is less. Where the first half has no products, nothing is expected.
+    """
+    if not first_products_ms:
+        return None
+    slowness = first_ms / first_products_ms
+    expected = _SECOND_TO_FIRST * slowness * products_ms
+    least = min(first_ms, first_products_ms) + attention_ms + expected
+    if least < best_ms:
+        return None
+    return (
+        f"TensorRT's first half takes {slowness:.1f} times its matrix products: a block with its second half is "
+        f"expected to take {least:.2f} ms or more, the best block {best_ms:.2f} ms"
+    )
 
 
 def why_not_inductor_half(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,11 +14,11 @@ from .backends.base import CompiledSegment
 from .backends.compiler import SegmentCompiler, tensorrt_runtime
 from .backends.inductor import COMPILE_THREADS
 from .background import Stopwatch
-from .candidates import first_segments, halves, why_not
+from .candidates import first_segments, halves, second_halves, why_not
 from .config import Attention, Backend, CompileConfig, Layout
 from .engine_builds import build_plans
 from .errors import BuildFailed, MissingDependency, OutOfMemory
-from .flux.catalogue import BlockKind, SegmentName
+from .flux.catalogue import SPLIT_SEGMENTS, BlockKind, SegmentName
 from .heap import give_back_heap
 from .plan import (
     WHOLE_SEGMENT,
@@ -26,6 +27,7 @@ from .plan import (
     choose,
     summary,
     why_not_inductor_half,
+    why_not_second_half,
     why_not_whole_tensorrt,
 )
 from .plan_store import PlanStore
@@ -35,7 +37,7 @@ from .trials import Job, Trials
 _LOG = logging.getLogger("trt_core.plan")
 _BUILDER_PROCESSES = 2
 """Two halve the wait for four engines; each costs a CUDA context (0.5 GB) and a Python with torch_tensorrt (1 GB).
-Beside Inductor one is enough: four engines take 25 s, Inductor's whole blocks 12 s."""
+Beside Inductor one is enough: it takes 25 s for four engines, of which it builds two, Inductor 12 s for its blocks."""
 
 Compiled = dict[Job, CompiledSegment]
 Choices = dict[BlockKind, tuple[BlockChoice, float]]
@@ -114,11 +116,12 @@ class PlanSearch:
     def _search(self) -> Plan:
         watch = Stopwatch()
         backends = self._backends()
-        self._try_first(backends)
-        if self.config.backend is Backend.AUTO and self.layout is None and Backend.TENSORRT in backends:
+        postponed = self._try_first(backends)
+        if self._both_layouts and Backend.TENSORRT in backends:
+            hopeless = self._try_second_halves(postponed)
             if Backend.INDUCTOR in backends:
                 self._try_inductor_halves()
-            self._try_whole_tensorrt()
+            self._try_whole_tensorrt(hopeless)
         choices = self._choose()
         plan = Plan(
             choices[BlockKind.DOUBLE][0],
@@ -129,6 +132,11 @@ class PlanSearch:
         _LOG.info("plan %s, found in %.1f s", self._summary(plan, choices), watch.seconds())
         self.store.remember(plan)
         return plan
+
+    @property
+    def _both_layouts(self) -> bool:
+        """Whether blocks may be whole or split, whichever is faster."""
+        return self.config.backend is Backend.AUTO and self.layout is None
 
     def _summary(self, plan: Plan, choices: Choices) -> str:
         arch = self.compiler.arch
@@ -154,22 +162,38 @@ class PlanSearch:
                 self.trials.leave_out("all segments", backend, reason)
         return [backend for backend in wanted if reasons[backend] is None]
 
-    def _try_first(self, backends: list[Backend]) -> None:
-        """What is compared in any case: TensorRT's halves in processes of their own, the others meanwhile here.
+    def _try_first(self, backends: list[Backend]) -> list[SegmentName]:
+        """TensorRT's engines that are not built yet: what is measured here decides about them.
 
-        Measured when the builders have ended: nothing else uses the GPU then.
+        The others are built in processes of their own, what is not TensorRT's is compiled meanwhile here. Measured when
+        the builders have ended: nothing else uses the GPU then.
         """
         jobs = {b: [(name, b) for name in first_segments(b, self.layout)] for b in backends}
         others = [job for b in (Backend.INDUCTOR, Backend.EAGER) for job in jobs.get(b, [])]
         engines = [name for name, _ in jobs.get(Backend.TENSORRT, [])]
         missing = self.trials.not_cached(engines)
+        postponed = self._postponed(missing, backends)
+        building = [name for name in missing if name not in postponed]
         # No processes for Inductor beside the builders: it is done before them anyway.
-        self.compiler.compile_threads = 1 if missing else COMPILE_THREADS
-        built = build_plans(self.compiler, missing, self._processes(), lambda: self._beside_builders(others, missing))
+        self.compiler.compile_threads = 1 if building else COMPILE_THREADS
+        self._build(building, self._processes(), lambda: self._beside_builders(others, building))
         self.compiler.compile_threads = COMPILE_THREADS
-        for name, plan in built.items():
-            self.trials.take(name, plan)
         self.trials.measure([*others, *jobs.get(Backend.TENSORRT, [])])
+        return postponed
+
+    def _postponed(self, missing: list[SegmentName], backends: list[Backend]) -> list[SegmentName]:
+        """Second halves among the `missing` engines, where Inductor's whole blocks are there to be beaten.
+
+        One in the cache is not missing: it is loaded and measured at once, as that costs no build.
+        """
+        if not self._both_layouts or Backend.INDUCTOR not in backends:
+            return []
+        return [name for name in missing if name in second_halves()]
+
+    def _build(self, names: Sequence[SegmentName], processes: int, meanwhile: Callable[[], None]) -> None:
+        """TensorRT's engines, loaded when the builders have ended."""
+        for name, plan in build_plans(self.compiler, names, processes, meanwhile).items():
+            self.trials.take(name, plan)
 
     def _beside_builders(self, jobs: list[Job], building: list[SegmentName]) -> None:
         self.trials.attention, ranked = rank_attention(self.compiler, self.config.attention)
@@ -190,6 +214,31 @@ class PlanSearch:
             for kind in BlockKind
         }
 
+    def _try_second_halves(self, names: list[SegmentName]) -> Collection[SegmentName]:
+        """Those of TensorRT's second halves that cannot win, each left out with its reason; the others are built."""
+        choices = self._choose()
+        reasons = {name: self._why_not_second_half(name, choices[name.kind][1]) for name in names}
+        hopeless = {name: reason for name, reason in reasons.items() if reason}
+        for name, reason in hopeless.items():
+            self.trials.leave_out(name.value, Backend.TENSORRT, reason)
+        building = [name for name in names if name not in hopeless]
+        self._build(building, _BUILDER_PROCESSES, lambda: None)
+        self.trials.measure([(name, Backend.TENSORRT) for name in building])
+        return hopeless.keys()
+
+    def _why_not_second_half(self, name: SegmentName, best_ms: float) -> str | None:
+        """None where too little is known: the half is built then, as it may win alone or in a mix.
+
+        That is where TensorRT's first half failed, whose reason need not concern the second, or Inductor's whole block,
+        which leaves eager PyTorch to be beaten.
+        """
+        measured, (first, _) = self.trials.milliseconds, SPLIT_SEGMENTS[name.kind]
+        if not {(first, Backend.TENSORRT), (WHOLE_SEGMENT[name.kind], Backend.INDUCTOR)} <= measured.keys():
+            return None
+        products_ms = [self.trials.products_milliseconds(half) for half in (first, name)]
+        attention_ms = self.trials.attention.between_ms
+        return why_not_second_half(measured[first, Backend.TENSORRT], *products_ms, best_ms, attention_ms)
+
     def _try_inductor_halves(self) -> None:
         """Compiles Inductor's halves where one of them can still win beside TensorRT's other half."""
         choices = self._choose()
@@ -208,20 +257,17 @@ class PlanSearch:
         reason = why_not_inductor_half(name, measured, best_ms, attention_ms)
         if reason or (WHOLE_SEGMENT[name.kind], Backend.INDUCTOR) not in measured:
             return reason
-        products_ms = self.compiler.products_milliseconds(name)
-        self.trials.free_cached()
+        products_ms = self.trials.products_milliseconds(name)
         return why_not_inductor_half(name, measured, best_ms, attention_ms, products_ms)
 
-    def _try_whole_tensorrt(self) -> None:
-        """Builds TensorRT's whole blocks where they can still win."""
+    def _try_whole_tensorrt(self, hopeless: Collection[SegmentName]) -> None:
+        """Builds TensorRT's whole blocks where they can still win. `hopeless`: halves that could not."""
         choices = self._choose()
         names = []
         for kind in BlockKind:
-            if reason := why_not_whole_tensorrt(kind, self.trials.milliseconds, choices[kind][1]):
+            if reason := why_not_whole_tensorrt(kind, self.trials.milliseconds, choices[kind][1], hopeless):
                 self.trials.leave_out(WHOLE_SEGMENT[kind].value, Backend.TENSORRT, reason)
             else:
                 names.append(WHOLE_SEGMENT[kind])
-        missing = self.trials.not_cached(names)
-        for name, plan in build_plans(self.compiler, missing, _BUILDER_PROCESSES, lambda: None).items():
-            self.trials.take(name, plan)
+        self._build(self.trials.not_cached(names), _BUILDER_PROCESSES, lambda: None)
         self.trials.measure([(name, Backend.TENSORRT) for name in names])

@@ -49,8 +49,9 @@ class GraphMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = torch.device(device.type, torch.cuda.current_device() if device.index is None else device.index)
         self._pool = torch.cuda.graph_pool_handle()
-        # One stream: the allocator hands a freed block on to captures on the same stream only.
-        self._stream = torch.cuda.Stream(self._device)
+        # One stream: the allocator hands a freed block on to captures on the same stream only. Above the usual
+        # priority: its kernels get the multiprocessors before those that run beside them (`flux.side_stream`).
+        self._stream = torch.cuda.Stream(self._device, priority=-1)
         self._done = torch.cuda.Event()
         self.bytes = 0
 

@@ -33,6 +33,8 @@ class Trials:
     compiled: dict[Job, CompiledSegment] = field(default_factory=dict)
     milliseconds: dict[Job, float] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
+    products: dict[SegmentName, float] = field(default_factory=dict)
+    """What matrix products alone take, of segments for which that was asked."""
 
     def compile(self, jobs: Sequence[Job]) -> None:
         """Inductor's and eager's segments."""
@@ -88,6 +90,13 @@ class Trials:
         inputs = self.compiler.inputs(name, self.attention.of(name, backend))
         with torch.no_grad():
             return median_milliseconds(lambda: compiled(*inputs), self.compiler.device)
+
+    def products_milliseconds(self, name: SegmentName) -> float:
+        """What the segment's matrix products alone take, timed when it is first asked."""
+        if name not in self.products:
+            self.products[name] = self.compiler.products_milliseconds(name)
+            self.free_cached()
+        return self.products[name]
 
     def leave_out(self, what: str, backend: Backend, reason: str) -> None:
         _LOG.info("%s is left out for %s: %s", backend.value, what, reason)

@@ -16,7 +16,7 @@ from trt_core.backends.inductor import InductorSegment
 from trt_core.config import Attention, Profile
 from trt_core.flux import fused
 from trt_core.flux.architecture import FluxArchitecture
-from trt_core.flux.attention import attend, attention_function, runs
+from trt_core.flux.attention import attend, attention_function, beside_attention, runs
 from trt_core.flux.catalogue import SegmentName, segment
 
 pytest.importorskip("triton")
@@ -92,4 +92,30 @@ def test_a_compiled_block_has_no_gelu_of_its_own(name: SegmentName) -> None:
     inputs = described.random_inputs(1, 1024, 512, torch.bfloat16, DEVICE)
     with torch.no_grad():
         names = kernel_names(compiled, *inputs)
+    assert not [kernel for kernel in names if kind_of(kernel) is Kind.GELU]
+
+
+@pytest.mark.parametrize("kernel", [Attention.CUDNN, Attention.FLASH, Attention.FLASH3])
+def test_a_product_beside_attention(kernel: Attention) -> None:
+    """Several pictures: inside the plan's error bound, without a GELU kernel, and the same bits from a CUDA graph."""
+    if not runs(kernel, torch.bfloat16, DEVICE, 4, 128):
+        pytest.skip(f"{kernel.value} does not run here")
+    name = SegmentName.SINGLE_BLOCK
+    described = segment(name, ARCH, attention_function(kernel), beside=beside_attention(kernel))
+    reference = segment(name, ARCH, attend).function
+    asked = Request(described, torch.bfloat16, DEVICE, Profile.around(2, 1024, 512), reference)
+    compiled = InductorSegment(asked)
+    with torch.no_grad():
+        assert error_ratio(compiled, asked) < 1.5
+        inputs = described.random_inputs(3, 1024, 512, torch.bfloat16, DEVICE)
+        seen, names = compiled(*inputs), kernel_names(compiled, *inputs)
+        for _ in range(5):
+            assert all(torch.equal(s, again) for s, again in zip(seen, compiled(*inputs), strict=True))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = compiled(*inputs)
+        for out in captured:
+            out.zero_()
+        graph.replay()
+    assert all(torch.equal(s, again) for s, again in zip(seen, captured, strict=True))
     assert not [kernel for kernel in names if kind_of(kernel) is Kind.GELU]

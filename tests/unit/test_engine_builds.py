@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +20,10 @@ from trt_core.backends.tensorrt_builders import Builders
 from trt_core.engine_builds import build_plans
 from trt_core.errors import BuildCancelled, BuildFailed
 from trt_core.flux.catalogue import SPLIT_SEGMENTS, BlockKind, SegmentName
+from trt_core.flux.fp8 import FP8
 from trt_core.host import Silent
 
+ROOT = Path(__file__).parents[2]
 QKV, OUT = SegmentName.DOUBLE_QKV, SegmentName.DOUBLE_OUT
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without TensorRT says")
 
@@ -79,6 +84,23 @@ def test_nothing_to_build_starts_no_process(tmp_path: Path, processes: list[int]
     assert not processes
 
 
+_ANSWERS_TWICE = """
+from trt_core.backends import tensorrt_worker as worker
+noted = []
+worker._answer = lambda job: {"id": job["id"], "given_back_before": len(noted)}
+worker.give_back_heap = lambda: noted.append(True)
+worker.main()
+"""
+
+
+def test_a_builder_gives_freed_memory_back_before_the_next_build() -> None:
+    jobs = '{"id": 0}\n{"id": 1}\n'
+    process = subprocess.run(
+        [sys.executable, "-c", _ANSWERS_TWICE], input=jobs, capture_output=True, text=True, cwd=ROOT
+    )
+    assert [json.loads(line)["given_back_before"] for line in process.stdout.splitlines()] == [0, 1], process.stderr
+
+
 # -- matrix products alone -------------------------------------------------------------------------------------------
 
 
@@ -110,3 +132,21 @@ def test_products_take_less_than_their_segment_and_nothing_where_there_are_none(
     monkeypatch.setattr(products, "median_milliseconds", lambda run, device: runs.append(1))
     assert products.products_milliseconds(replace(asked, reference=lambda: (torch.zeros(1),)), []) == 0.0
     assert not runs
+
+
+def test_products_of_fp8_layers_are_seen_and_none_are_known_where_weights_are_widened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By PyTorch's operator for FP8, which `fp8.scaled_linear` calls on a GPU and which runs on the CPU, too."""
+    q, weight, scale = torch.ones(16, 32).to(FP8), torch.ones(48, 32).to(FP8), torch.ones(1)
+    asked = replace(
+        compiler(tmp_path).request(OUT),
+        reference=lambda: torch._scaled_mm(q, weight.t(), scale_a=scale, scale_b=scale, out_dtype=torch.float32),
+    )
+    results: list[torch.Tensor] = []
+    monkeypatch.setattr(products, "median_milliseconds", lambda run, device: results.extend(run()) or 3.0)
+    assert products.products_milliseconds(asked, []) == 3.0
+    assert torch.equal(results[0], torch.full((16, 48), 32.0))
+    widened = compiler(tmp_path)
+    widened.wide = frozenset({BlockKind.DOUBLE})
+    assert widened.products_milliseconds(OUT) == 0.0

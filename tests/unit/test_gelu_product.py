@@ -17,10 +17,11 @@ from tests.unit.tiny_flux import bfl_weights, shapes_of, tiny_transformer
 from trt_core.backends.base import Request
 from trt_core.backends.check import relative_l2
 from trt_core.backends.inductor import InductorSegment
-from trt_core.config import Profile
+from trt_core.config import Attention, Profile
+from trt_core.flux import attention as attention_kernels
 from trt_core.flux import fused, segments
 from trt_core.flux.architecture import FluxArchitecture
-from trt_core.flux.attention import attend
+from trt_core.flux.attention import attend, attention_function, beside_attention
 from trt_core.flux.catalogue import SegmentName, segment
 from trt_core.flux.precision import Precision
 
@@ -173,6 +174,35 @@ def test_the_first_product_of_each_mlp_carries_the_gelu(
     described.function(*inputs)
     assert [tuple(w.shape) for w in seen] == [(arch.mlp_hidden, arch.hidden)] * mlps
     assert all(any(w.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for x in inputs) for w in seen)
+
+
+@pytest.mark.usefixtures("cut")
+def test_several_pictures_have_the_product_beside_attention(
+    arch: FluxArchitecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same block, by Inductor as well; a single picture, and attention that has nothing beside it, go without."""
+    beside, calls = beside_attention(Attention.MATH), []
+    noted = lambda *tensors: calls.append(tensors[3].shape[0]) or beside(*tensors)  # noqa: E731
+    name, attention = SegmentName.SINGLE_BLOCK, attention_function(Attention.MATH)
+    described, plain = segment(name, arch, attention, beside=noted), segment(name, arch, attend).function
+    asked = segment(name, arch, attention, beside=beside)
+    compiled = InductorSegment(Request(asked, torch.float32, CPU, Profile.around(1, 40, 7), asked.function))
+    for batch in (1, 2, 3):
+        inputs = described.random_inputs(batch, 24, 7, torch.float32, CPU)
+        with monkeypatch.context() as whole:
+            whole.setattr(segments, "has_gelu_epilogue", fused.has_gelu_epilogue)
+            expected = plain(*inputs)
+        for seen in (described.function(*inputs), compiled(*inputs)):
+            for s, e in zip(seen, expected, strict=True):
+                assert relative_l2(s, e) < 1e-6
+    assert calls == [2, 3]
+    assert beside_attention(Attention.AUTO) is beside_attention(Attention.FP8) is None
+
+
+def test_attention_beside_a_product_is_an_operator() -> None:
+    q, k, v = (normal(2, 8, 3, 16, seed=s) for s in range(3))
+    arguments = (q, k, v, normal(2, 8, 48, seed=4), normal(96, 48, seed=5), normal(96, seed=6), "math")
+    torch.library.opcheck(attention_kernels._BESIDE, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.usefixtures("cut")

@@ -21,6 +21,7 @@ from trt_core.plan import (
     left_out,
     summary,
     why_not_inductor_half,
+    why_not_second_half,
     why_not_whole_tensorrt,
 )
 
@@ -83,6 +84,50 @@ def test_a_whole_tensorrt_block_is_built_only_where_it_can_win() -> None:
     assert why_not_whole_tensorrt(BlockKind.DOUBLE, halves, best_ms=3.5) is None
     assert why_not_whole_tensorrt(BlockKind.DOUBLE, {(QKV, TRT): 9.0, (OUT, IND): 1.0}, best_ms=0.1) is None
     assert why_not_whole_tensorrt(BlockKind.SINGLE, halves, best_ms=0.1) is None
+
+
+def test_a_whole_tensorrt_block_is_not_built_where_its_second_half_cannot_win() -> None:
+    def why_not(kind: BlockKind) -> str | None:
+        return why_not_whole_tensorrt(kind, {(QKV, TRT): 0.1}, best_ms=9.0, hopeless={OUT})
+
+    assert why_not(BlockKind.DOUBLE) == "it does the work of double_out, too, which is left out"
+    assert why_not(BlockKind.SINGLE) is None
+
+
+@pytest.mark.parametrize(
+    ("times", "slowness", "least"),
+    [
+        ((1.11, 0.45, 0.95, 1.857, 0.375), "2.5", "2.58"),
+        ((1.99, 0.90, 0.55, 1.806, 0.375), "2.2", "2.19"),
+        ((0.94, 0.21, 0.44, 1.278, 0.40), "4.5", "2.09"),
+    ],
+    ids=["bf16 double", "bf16 single", "fp8 double"],
+)
+def test_on_an_h100_tensorrts_second_halves_cannot_win(times: tuple[float, ...], slowness: str, least: str) -> None:
+    assert why_not_second_half(*times) == (
+        f"TensorRT's first half takes {slowness} times its matrix products: a block with its second half is expected "
+        f"to take {least} ms or more, the best block {times[3]:.2f} ms"
+    )
+
+
+def test_a_second_half_may_win_where_the_first_is_hardly_slower_than_its_products() -> None:
+    assert why_not_second_half(0.5, 0.45, 0.95, 1.857, 0.375) is None, "0.79 ms, where 1.03 ms are left"
+
+
+def test_a_second_half_is_left_out_from_where_it_only_equals_the_best_block() -> None:
+    """Sums that have no rounding: 0.75 * (2 / 1) * 1 + 1 + 0.5."""
+    assert why_not_second_half(2.0, 1.0, 1.0, 3.0, 0.5) is not None
+    assert why_not_second_half(2.0, 1.0, 1.0, 3.001, 0.5) is None
+
+
+def test_a_first_half_may_be_faster_than_its_products() -> None:
+    """0.5, not 1, beside 0.75 * (0.5 / 1) * 4 and 0.5 for attention."""
+    assert why_not_second_half(0.5, 1.0, 4.0, 2.5, 0.5) is not None
+    assert why_not_second_half(0.5, 1.0, 4.0, 2.6, 0.5) is None
+
+
+def test_without_products_of_the_first_half_nothing_is_expected_of_the_second() -> None:
+    assert why_not_second_half(9.0, 0.0, 1.0, 0.1, 0.1) is None
 
 
 # Measured on an H100, in ms: what Inductor's halves take is what the search need not find out.

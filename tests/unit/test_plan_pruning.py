@@ -6,7 +6,7 @@ The search is the real one; what compiles and what it takes are a table of milli
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from trt_core.plan_search import PlanSearch
 TRT, IND, EAGER = Backend.TENSORRT, Backend.INDUCTOR, Backend.EAGER
 QKV, OUT, DOUBLE = SegmentName.DOUBLE_QKV, SegmentName.DOUBLE_OUT, SegmentName.DOUBLE_BLOCK
 SINGLE_QKV, SINGLE_OUT, SINGLE = SegmentName.SINGLE_QKV_MLP, SegmentName.SINGLE_OUT, SegmentName.SINGLE_BLOCK
+FIRST, SECOND = [QKV, SINGLE_QKV], [OUT, SINGLE_OUT]
 HALVES = [name for kind in BlockKind for name in SPLIT_SEGMENTS[kind]]
 WHOLES = list(WHOLE_SEGMENT.values())
 ATTENTION_MS = 0.403
@@ -40,9 +41,11 @@ H100: Table = {
     (SINGLE_QKV, EAGER): 1.868, (SINGLE_OUT, EAGER): 0.859, (SINGLE_QKV, TRT): 1.978, (SINGLE_OUT, TRT): 1.205,
 }  # fmt: skip
 """All candidates as measured there (TensorRT's whole blocks from their halves)."""
-H100_PRODUCTS: Mapping[SegmentName, float] = {OUT: 1.1}
+H100_PRODUCTS: Mapping[SegmentName, float] = {QKV: 0.45, OUT: 0.95, SINGLE_QKV: 0.90, SINGLE_OUT: 0.55}
 ANOTHER_GPU: Table = {**H100, (QKV, TRT): 0.30, (OUT, TRT): 1.5}
-"""Where TensorRT's first half is so fast that a mix wins."""
+"""Where TensorRT's first half is so fast that a mix wins. Its second half may win, too, and does not."""
+FAST_TENSORRT: Table = {**H100, (QKV, TRT): 0.48, (OUT, TRT): 1.0, (DOUBLE, TRT): 1.95}
+"""Where TensorRT's halves of the double block are hardly slower than their products, and both win."""
 
 
 class Fake:
@@ -63,6 +66,8 @@ class Gpu(SegmentCompiler):
     def on(self, table: Table, products: Mapping[SegmentName, float]) -> Gpu:
         self.table, self.products, self.events, self.open = table, products, [], 0
         self.broken: set[tuple[SegmentName, Backend]] = set()
+        self.cached: set[SegmentName] = set()
+        self.builds: list[tuple[int, list[SegmentName]]] = []
         return self
 
     def made(self, name: SegmentName, backend: Backend) -> Any:
@@ -81,7 +86,7 @@ class Gpu(SegmentCompiler):
         return self.made(name, backend)
 
     def from_cache(self, name: SegmentName) -> Any:
-        return None
+        return self.made(name, TRT) if name in self.cached else None
 
     def from_plan(self, name: SegmentName, plan: bytes) -> Any:
         return self.made(name, TRT)
@@ -96,6 +101,7 @@ class Gpu(SegmentCompiler):
 
 def _built(compiler: Gpu, names: list[SegmentName], processes: int, meanwhile: Callable[[], None]) -> Any:
     compiler.events.append(f"{processes} builders start" if names else "no builders")
+    compiler.builds += [(processes, names)] if names else []
     meanwhile()
     compiler.events.append("builders end")
     return dict.fromkeys(names, b"plan")
@@ -114,10 +120,12 @@ def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
         table: Table, products: Mapping[SegmentName, float] = H100_PRODUCTS, layout: Layout | None = None,
         backends: tuple[Backend, ...] = (TRT, IND, EAGER), progress: Silent | None = None,
         broken: tuple[tuple[SegmentName, Backend], ...] = (), backend: Backend = Backend.AUTO,
+        cached: Sequence[SegmentName] = (),
     ) -> PlanSearch:  # fmt: skip
         cache = EngineCache(tmp_path / str(len(list(tmp_path.iterdir()))))
         gpu = Gpu(ARCH, torch.float32, torch.device("cpu"), PROFILE, cache, 1.5, progress or Silent())
         gpu.on(table, products).broken |= set(broken)
+        gpu.cached |= set(cached)
         gpu.candidates = list(backends)
         return PlanSearch(gpu, CompileConfig(backend), layout)
 
@@ -141,16 +149,17 @@ def test_on_an_h100_inductor_compiles_two_segments_and_says_why_not_the_others(
     assert compiled.keys() == {(DOUBLE, IND), (SINGLE, IND)}
     assert plan.double.layout is plan.single.layout is Layout.WHOLE
     assert compiled_by(search, IND) == WHOLES
-    assert compiled_by(search, TRT) == HALVES
+    assert compiled_by(search, TRT) == FIRST
     assert left_out(search, IND).keys() == {name.value for name in HALVES}
-    assert left_out(search, TRT).keys() == {name.value for name in WHOLES}
+    assert left_out(search, TRT).keys() == {name.value for name in [*SECOND, *WHOLES]}
     assert all(f"inductor is left out for {name.value}: " in caplog.text for name in HALVES)
     assert search.compiler.open == len(compiled), "what lost is closed"
 
 
-def test_pruning_changes_no_choice(searched: Callable[..., PlanSearch]) -> None:
-    for table in (H100, ANOTHER_GPU):
-        plan, _ = searched(table, {}).run()
+@pytest.mark.parametrize("products", [{}, H100_PRODUCTS], ids=["unknown products", "known products"])
+def test_pruning_changes_no_choice(searched: Callable[..., PlanSearch], products: Mapping[SegmentName, float]) -> None:
+    for table in (H100, ANOTHER_GPU, FAST_TENSORRT):
+        plan, _ = searched(table, products).run()
         everything = AttentionChoice(Attention.CUDNN, ATTENTION_MS)
         for kind in BlockKind:
             assert plan.choice(kind) == plan_search.choose(kind, table, everything)[0]
@@ -165,11 +174,113 @@ def test_a_half_is_compiled_where_it_can_win_and_wins(searched: Callable[..., Pl
 
 
 def test_products_are_timed_only_where_nothing_else_decides(searched: Callable[..., PlanSearch]) -> None:
-    search = searched(H100)
+    assert products_timed(searched(H100)) == HALVES, "once each, though two rules ask for double_out's"
+    assert products_timed(searched(H100, cached=SECOND)) == [OUT], "TensorRT's is measured, Inductor's is not"
+    assert products_timed(searched(H100, layout=Layout.SPLIT)) == []
+    assert products_timed(searched(H100, backends=(TRT, EAGER))) == []
+    assert products_timed(searched(H100, backends=(IND, EAGER))) == []
+
+
+def products_timed(search: PlanSearch) -> list[SegmentName]:
     search.run()
-    assert [event for event in search.compiler.events if str(event).startswith("products")] == [
-        "products of double_out"
-    ]
+    words = "products of "
+    return [SegmentName(e.removeprefix(words)) for e in search.compiler.events if str(e).startswith(words)]
+
+
+# -- TensorRT's second halves ----------------------------------------------------------------------------------------
+
+
+def test_first_halves_are_built_beside_inductor_and_second_ones_only_where_they_can_win(
+    searched: Callable[..., PlanSearch],
+) -> None:
+    search = searched(FAST_TENSORRT)
+    plan, _ = search.run()
+    assert search.compiler.builds == [(1, FIRST), (2, [OUT]), (2, [DOUBLE])]
+    assert plan.double.backends == (TRT, TRT)
+    assert plan.double.layout is Layout.SPLIT
+    assert {m.what for m in search.trials.measurements if m.backend == "tensorrt" and m.milliseconds} == {
+        name.value for name in [*FIRST, OUT, DOUBLE]
+    }
+
+
+def test_a_hopeless_second_half_is_left_out_with_its_reason_and_so_is_the_whole_block(
+    searched: Callable[..., PlanSearch], caplog: pytest.LogCaptureFixture
+) -> None:
+    search = searched(H100)
+    with caplog.at_level(logging.INFO, "trt_core"):
+        search.run()
+    assert search.compiler.builds == [(1, FIRST)]
+    reasons = left_out(search, TRT)
+    assert reasons["double_out"] == (
+        "TensorRT's first half takes 2.5 times its matrix products: a block with its second half is expected to take "
+        "2.61 ms or more, the best block 2.04 ms"
+    )
+    assert "takes 2.2 times" in reasons["single_out"]
+    assert reasons["double_block"] == "it does the work of double_out, too, which is left out"
+    assert reasons["single_block"] == "it does the work of single_out, too, which is left out"
+    assert f"tensorrt is left out for double_out: {reasons['double_out']}" in caplog.text
+
+
+def test_what_is_left_out_would_have_been_slower_than_expected() -> None:
+    for first, second in ((QKV, OUT), (SINGLE_QKV, SINGLE_OUT)):
+        slowness = H100[first, TRT] / H100_PRODUCTS[first]
+        assert 0.75 * slowness * H100_PRODUCTS[second] < H100[second, TRT]
+
+
+def test_a_second_half_in_the_cache_is_measured_at_once(searched: Callable[..., PlanSearch]) -> None:
+    search = searched(H100, cached=[OUT])
+    search.run()
+    assert search.compiler.builds == [(1, FIRST)]
+    assert search.trials.milliseconds[OUT, TRT] == H100[OUT, TRT]
+    assert left_out(search, TRT).keys() == {name.value for name in [SINGLE_OUT, *WHOLES]}
+    assert "its halves take" in left_out(search, TRT)["double_block"], "as was measured"
+
+
+def test_first_halves_in_the_cache_leave_only_second_ones_to_build(searched: Callable[..., PlanSearch]) -> None:
+    search = searched(FAST_TENSORRT, cached=FIRST)
+    search.run()
+    assert search.compiler.builds == [(2, [OUT]), (2, [DOUBLE])]
+    events = search.compiler.events
+    assert events[events.index((DOUBLE, IND)) - 1] == "threads 4", "no builder beside it"
+
+
+@pytest.mark.parametrize(
+    ("options", "processes"),
+    [
+        ({"layout": Layout.SPLIT}, 1),
+        ({"backends": (TRT,), "backend": TRT}, 2),
+        ({"backends": (TRT,), "backend": TRT, "layout": Layout.SPLIT}, 2),
+        ({"backends": (TRT, EAGER)}, 1),
+    ],
+    ids=["masks", "forced", "forced with masks", "without Inductor"],
+)
+def test_all_halves_are_built_at_once_where_no_whole_block_of_inductors_is_measured(
+    searched: Callable[..., PlanSearch], options: dict[str, Any], processes: int
+) -> None:
+    search = searched(H100, **options)
+    search.run()
+    assert search.compiler.builds[0] == (processes, HALVES)
+
+
+@pytest.mark.parametrize("broken", [(QKV, TRT), (DOUBLE, IND)], ids=["first half", "Inductor's whole block"])
+def test_without_what_expectations_rest_on_the_second_half_is_built(
+    searched: Callable[..., PlanSearch], broken: tuple[SegmentName, Backend]
+) -> None:
+    """Eager PyTorch is as fast here as Inductor, so that nothing else is a reason to build it."""
+    search = searched({**H100, (QKV, EAGER): 0.65, (OUT, EAGER): 0.95}, broken=(broken,))
+    search.run()
+    assert search.compiler.builds[1] == (2, [OUT])
+    assert (OUT, TRT) in search.trials.milliseconds
+
+
+def test_a_second_half_that_fails_is_no_reason_against_the_whole_block(searched: Callable[..., PlanSearch]) -> None:
+    search = searched(FAST_TENSORRT, broken=((OUT, TRT),))
+    search.run()
+    assert left_out(search, TRT)["double_out"].startswith("double_out does not compile")
+    assert search.compiler.builds[-1] == (2, [DOUBLE])
+
+
+# -- builders --------------------------------------------------------------------------------------------------------
 
 
 def test_builders_end_before_engines_are_loaded_and_inductor_has_no_processes_beside_them(
@@ -180,7 +291,9 @@ def test_builders_end_before_engines_are_loaded_and_inductor_has_no_processes_be
     events = search.compiler.events
     assert events[:3] == ["1 builders start", "threads 1", (DOUBLE, IND)]
     ended = events.index("builders end")
-    assert all(events.index((name, TRT)) > ended for name in HALVES)
+    assert all(events.index((name, TRT)) > ended for name in FIRST)
+    ended = events.index("builders end", ended + 1)
+    assert events.index((OUT, TRT)) > ended
     assert events[events.index((OUT, IND)) - 1] == "threads 4", "no builder runs any more"
 
 
@@ -261,7 +374,7 @@ def test_a_forced_backend_compiles_its_own_segments_alone(
 def test_cancel_at_every_stage_leaves_nothing_open(searched: Callable[..., PlanSearch]) -> None:
     all_stages = Watched()
     searched(ANOTHER_GPU, progress=all_stages).run()
-    assert len(all_stages.stages) == 6 + 4 + 1 + 1, "compiled, loaded, a half and a whole block after them"
+    assert len(all_stages.stages) == 6 + 2 + 1 + 1 + 1, "compiled, loaded, a second half, a mix's half, a whole block"
     for stages in range(len(all_stages.stages)):
         search = searched(ANOTHER_GPU, progress=Watched(stages))
         with pytest.raises(BuildCancelled):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,28 +16,33 @@ from .base import Request
 
 
 def products_milliseconds(request: Request, inputs: list[Tensor]) -> float:
-    """Milliseconds of the products without bias, one after the other, at these inputs.
+    """Milliseconds of the products, one after the other, at these inputs; plain ones without bias, FP8 ones as called.
 
-    Inductor calls the same kernels for them, as it does unless asked to tune its own. Only plain products are seen: of
-    an FP8 segment those of its layers that are not FP8, which is less than it takes, too.
+    Inductor calls the same kernels for them, as it does unless asked to tune its own.
     """
     with torch.no_grad(), _NotedProducts() as noted:
         request.reference(*inputs)
-        products = noted.products
-        if not products:
-            return 0.0
-        return median_milliseconds(lambda: [torch.mm(x, weight) for x, weight in products], request.device)
+    with torch.no_grad():
+        calls = noted.calls
+        return median_milliseconds(lambda: [call() for call in calls], request.device) if calls else 0.0
 
 
 class _NotedProducts(TorchFunctionMode):
-    """Keeps what linear layers multiply while they run."""
+    """Keeps what linear layers multiply while they run: both factors, and the call that multiplies them again."""
 
     def __init__(self) -> None:
         super().__init__()
         self.products: list[tuple[Tensor, Tensor]] = []
+        self.calls: list[Callable[[], Tensor]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.linear:
-            x, weight = args[:2]
-            self.products.append((x.reshape(-1, x.shape[-1]), weight.t()))
+            x, weight = args[0].reshape(-1, args[0].shape[-1]), args[1].t()
+            self._note(x, weight, partial(torch.mm, x, weight))
+        elif function is torch._scaled_mm:
+            self._note(*args[:2], partial(function, *args, **(kwargs or {})))
         return function(*args, **(kwargs or {}))
+
+    def _note(self, x: Tensor, weight: Tensor, call: Callable[[], Tensor]) -> None:
+        self.products.append((x, weight))
+        self.calls.append(call)

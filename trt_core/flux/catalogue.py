@@ -20,11 +20,13 @@ from . import (
     fp8,
     fp8_attention,
     fp8_export,
+    fp8_joined,
     fused,
     linear,
     open_sum,
     rope,
     segments,
+    side_stream,
     weights,
 )
 from .architecture import FluxArchitecture
@@ -179,9 +181,11 @@ def source_version() -> str:
         cudnn_attention,
         flash3_attention,
         fp8_export,
+        fp8_joined,
         fused,
         open_sum,
         rope,
+        side_stream,
     )
     text = "".join(inspect.getsource(module) for module in modules)
     text += "".join(path.read_text() for path in sorted(Path(fused.__file__).parent.glob("triton_*.py")))
@@ -193,8 +197,9 @@ def segment(
     arch: FluxArchitecture,
     attention: segments.AttentionFunction | None = None,
     precision: Precision = PLAIN,
+    beside: segments.BesideAttention | None = None,
 ) -> Segment:
-    """The named segment for one architecture. Whole blocks need the `attention` to put inside."""
+    """The named segment for one architecture. Whole blocks need the `attention` to put inside; `beside` is the same."""
     hidden, head, mlp = arch.hidden, arch.head_dim, arch.mlp_hidden
     img, txt = (Axis.BATCH, Axis.IMG, hidden), (Axis.BATCH, Axis.TXT, hidden)
     x = (Axis.BATCH, Axis.ALL, hidden)
@@ -245,7 +250,7 @@ def segment(
             weights.DOUBLE_QKV + weights.DOUBLE_OUT,
         )  # fmt: skip
         table[SegmentName.SINGLE_BLOCK] = (
-            segments.single_block(attention), (*single_open, mod, *single_pe),
+            segments.single_block(attention, beside), (*single_open, mod, *single_pe),
             weights.SINGLE_QKV_MLP + weights.SINGLE_OUT,
         )  # fmt: skip
     function, activations, names = table[name]

@@ -21,6 +21,7 @@ from .fused import gated_norm, gelu_product, has_gelu_epilogue, joined_product, 
 from .linear import (
     Activation,
     Weight,
+    attend_join_gelu_linear,
     gated_norm_linear,
     gelu_linear,
     join_gelu_linear,
@@ -31,6 +32,8 @@ from .open_sum import OpenSum
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q, k, v), each [B, L, H, D], to [B, L, H * D]."""
+BesideAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(q, k, v, x, weight, bias) to attention's output and `fused.gelu_product` of x, both at work at once."""
 
 
 def double_qkv(
@@ -74,7 +77,7 @@ def single_qkv_mlp(
 
 
 def single_out(
-    x: Tensor, attn: Activation, wide: Tensor, mod: Tensor, linear2: Weight, linear2_bias: Tensor
+    x: Tensor, attn: Tensor, wide: Tensor, mod: Tensor, linear2: Weight, linear2_bias: Tensor
 ) -> tuple[Tensor]:
     """x after a single block; `attn` [B, L, hidden], `wide` as `single_qkv_mlp` returned it."""
     out = join_gelu_linear(attn, mlp_of(wide, x.shape[-1]), linear2, linear2_bias)
@@ -117,8 +120,13 @@ def double_block(attention: AttentionFunction) -> Callable[..., tuple[Tensor, Te
     return block
 
 
-def single_block(attention: AttentionFunction) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A whole single block with `attention` inside, from open sum to open sum: x, and what its gate multiplies."""
+def single_block(
+    attention: AttentionFunction, beside: BesideAttention | None = None
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A whole single block with `attention` inside, from open sum to open sum: x, and what its gate multiplies.
+
+    `beside`: the same attention with a product beside it, which several pictures take.
+    """
 
     def block(
         x: Tensor, add: Tensor, gate: Tensor, mod: Tensor, cos: Tensor, sin: Tensor,
@@ -126,30 +134,43 @@ def single_block(attention: AttentionFunction) -> Callable[..., tuple[Tensor, Te
         linear2: Weight, linear2_bias: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         stream = OpenSum(x, add, gate)
-        # Measured for one picture and two (`fused`); Inductor compiles for each of both anyway.
         if (
-            x.shape[0] == 1 and has_gelu_epilogue(x) and attention is not attend_fp8
+            _is_cut(x, beside) and attention is not attend_fp8
             and isinstance(linear1, Tensor) and isinstance(linear2, Tensor)
         ):  # fmt: skip
             x, normed = gated_norm(stream, mod[0], mod[1])
             weights = (linear1, linear1_bias, query_norm, key_norm, linear2, linear2_bias)
-            return x, _cut_single_block(attention, normed, cos, sin, *weights)
+            return x, _cut_single_block(attention, beside, normed, cos, sin, *weights)
         x, wide = gated_norm_linear(stream, mod[0], mod[1], linear1, linear1_bias)
-        attn = _attention(attention, QkvStream(wide, query_norm, key_norm, cos, sin), x.shape[-1])
-        return x, join_gelu_linear(attn, mlp_of(wide, x.shape[-1]), linear2, linear2_bias)
+        qkv, mlp = QkvStream(wide, query_norm, key_norm, cos, sin), mlp_of(wide, x.shape[-1])
+        if attention is attend_fp8:
+            heads = x.shape[-1] // query_norm.shape[0]
+            return x, attend_join_gelu_linear(qkv, mlp, heads, linear2, linear2_bias)
+        return x, join_gelu_linear(_attention(attention, qkv, x.shape[-1]), mlp, linear2, linear2_bias)
 
     return block
 
 
+def _is_cut(x: Tensor, beside: BesideAttention | None) -> bool:
+    """Whether plain linear layers are cut between attention and MLP. Inductor compiles for one picture and for several
+    anyway; measured on an H100 for one and for two (`fused`, `attention._BESIDE`)."""
+    return has_gelu_epilogue(x) and (x.shape[0] == 1 or beside is not None)
+
+
 def _cut_single_block(
-    attention: AttentionFunction, normed: Tensor, cos: Tensor, sin: Tensor,
+    attention: AttentionFunction, beside: BesideAttention | None, normed: Tensor, cos: Tensor, sin: Tensor,
     linear1: Tensor, linear1_bias: Tensor, query_norm: Tensor, key_norm: Tensor, linear2: Tensor, linear2_bias: Tensor,
 ) -> Tensor:  # fmt: skip
     """A single block with both linear layers cut between attention and MLP, so that a product applies the GELU."""
     hidden = normed.shape[-1]
     qkv = linear(normed, linear1[: 3 * hidden], linear1_bias[: 3 * hidden])
-    attn = _attention(attention, QkvStream(qkv, query_norm, key_norm, cos, sin), hidden)
-    mlp_out = gelu_product(normed, linear1[3 * hidden :], linear1_bias[3 * hidden :])
+    mlp = (normed, linear1[3 * hidden :], linear1_bias[3 * hidden :])
+    stream = QkvStream(qkv, query_norm, key_norm, cos, sin)
+    if beside is None or normed.shape[0] == 1:
+        attn, mlp_out = _attention(attention, stream, hidden), gelu_product(*mlp)
+    else:
+        q, k = _rotated(stream, hidden)
+        attn, mlp_out = beside(q, k, value_of(qkv, q), *mlp)
     return joined_product(attn, mlp_out, linear2, linear2_bias)
 
 
@@ -185,10 +206,8 @@ def _written_together(x: Tensor, attention: AttentionFunction, *weights: Weight)
     return x.shape[0] == 1 and has_gelu_epilogue(x) and attention is not attend_fp8 and plain
 
 
-def _attention(attention: AttentionFunction, stream: QkvStream, hidden: int) -> Activation:
+def _attention(attention: AttentionFunction, stream: QkvStream, hidden: int) -> Tensor:
     """Attention's output for the one stream of a single block."""
-    if attention is attend_fp8:
-        return attend_qkv(stream, None, hidden // stream.query_norm.shape[0])
     q, k = _rotated(stream, hidden)
     return attention(q, k, value_of(stream.qkv, q))
 
