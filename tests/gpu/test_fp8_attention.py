@@ -11,7 +11,7 @@ from trt_core.backends.base import Request
 from trt_core.backends.check import error_ratio, relative_l2
 from trt_core.backends.inductor import InductorSegment
 from trt_core.config import Profile
-from trt_core.flux import cudnn_attention, fp8_attention, fp8_joined, fused
+from trt_core.flux import cudnn_attention, fp8_attention, fused
 from trt_core.flux.architecture import FluxArchitecture
 from trt_core.flux.attention import attend
 from trt_core.flux.catalogue import SegmentName, segment
@@ -67,35 +67,6 @@ def test_cudnn_is_the_reference(batch: int, tokens: int) -> None:
     exact = attend(q.float(), k.float(), v.float()).unflatten(-1, (24, 128))
     assert relative_l2(seen, exact) < 1.2 * relative_l2(expected, exact) < 0.06
     assert relative_l2(seen, expected) < 0.05
-
-
-@needs_cudnn
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_joined_on_two_streams_is_the_reference(batch: int, static: bool) -> None:
-    """Again and again with new memory between: a stream that does not wait for the other shows. And in a graph."""
-    img, given = stream(1536, 24, 128, 1, torch.bfloat16, extra=12288), torch.full((1,), 0.2, device=DEVICE)
-    q, k, v, v_scale = (x[:batch].contiguous() if x.dim() > 1 else x for x in quantized_qkv(img, None, 24))
-    mlp, scale = img.qkv[:batch, :, 3 * 3072 :], given if static else None
-    attn = cudnn_attention.attend(q, k, v).flatten(2)
-    expected, expected_scale = fp8_joined.joined_by(attn, v_scale, mlp.float(), scale)
-    expected_scale = given if static else expected_scale
-
-    def check(joined: Tensor, scales: Tensor) -> None:
-        scales = given if static else scales
-        assert torch.allclose(scales, expected_scale, rtol=1e-3)
-        assert relative_l2(joined.float() * scales, expected.float() * expected_scale) < 5e-3
-
-    for _ in range(5):
-        junk = torch.full((64, 2**20), torch.nan, device=DEVICE)
-        del junk
-        check(*fp8_joined._OPERATOR(q, k, v, v_scale, mlp, scale))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = fp8_joined._OPERATOR(q, k, v, v_scale, mlp, scale)
-    captured[0].zero_()
-    graph.replay()
-    check(*captured)
 
 
 @needs_cudnn

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trt_core.backends.check import relative_l2
-from trt_core.flux import fp8, fp8_joined, fused, storage
+from trt_core.flux import fp8, fused, storage
 from trt_core.flux.open_sum import OpenSum
 
 pytest.importorskip("triton")
@@ -106,21 +106,11 @@ def test_gelu_and_join(rows: ModuleType, dtype: torch.dtype, scale: float | None
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("hidden", [48, 3072])
-def test_gelu_beside_attention_and_the_join(scale: float | None, hidden: int) -> None:
-    """Rows whose scale is their own and rows whose scale is attention's; also of a part of longer rows."""
-    from trt_core.flux import triton_joined
-
-    attn, attn_scale = normal(2, 7, hidden, seed=3).mul_(100).to(fp8.FP8), given(0.005)
-    mlp = (normal(2, 7, 5 * hidden, seed=1) * normal(2, 7, 1, seed=2)).to(torch.bfloat16)[..., hidden:]
-    expected = fp8_joined.joined_by(attn, attn_scale, mlp.float(), given(scale))
-    joined, scales = triton_joined.outputs(hidden, mlp)
-    scales = scales if scale is None else given(scale)
-    triton_joined.gelu_beside(mlp, attn_scale, joined, scales, scale is not None)
-    triton_joined.join_beside_gelu(attn, attn_scale, joined, scales, scale is not None)
-    assert_within_gelu((joined, scales), (expected[0], scales if scale else expected[1]), mlp, hidden)
-    if scale is None:
-        assert 0 < (scales > attn_scale).sum() < scales.numel()
+def test_quantize_join_gelu_of_attention_that_is_fp8(rows: ModuleType, scale: float | None) -> None:
+    attn, attn_scale = normal(2, 9, 3072, seed=3).mul_(100).to(fp8.FP8)[:, 2:], given(0.031)
+    mlp = normal(2, 7, 12288, dtype=torch.bfloat16, seed=1)
+    expected = fp8.quantize_join_gelu(attn, mlp.float(), given(scale), attn_scale)
+    assert_within_gelu(rows.join_gelu_fp8(attn, mlp, given(scale), attn_scale), expected, mlp, 3072)
 
 
 def assert_within_gelu(seen: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], mlp: Tensor, hidden: int) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import trt_core
@@ -16,13 +15,11 @@ from tests.unit.sums import added
 from tests.unit.tiny_flux import bfl_weights, shapes_of, tiny_transformer
 from trt_core.backends.check import relative_l2
 from trt_core.config import Attention
-from trt_core.flux import fp8_joined
 from trt_core.flux.architecture import FluxArchitecture
 from trt_core.flux.attention import attend, attention_function
 from trt_core.flux.catalogue import SegmentName, segment
 from trt_core.flux.fp8 import FP8
 from trt_core.flux.fp8_attention import QkvStream, attend_fp8, attend_qkv, logit_noise, quantized_qkv
-from trt_core.flux.fp8_joined import attend_joined
 from trt_core.flux.precision import Precision
 
 CPU = torch.device("cpu")
@@ -73,32 +70,6 @@ def test_from_products_to_attention() -> None:
     assert relative_l2(seen.dequantized(), exact(img, txt).float()) < 0.08
     without_text = attend_qkv(img, None, HEADS)
     assert relative_l2(without_text.dequantized(), exact(img, txt).float()[:, 14:]) > 0.2, "text tokens do not matter"
-
-
-@pytest.mark.parametrize("static", [False, True])
-def test_joined_with_the_gelu_beside_it(static: bool) -> None:
-    """One scale per token, v's or larger, whatever the GELU's size; both parts by it, once more rounded."""
-    img, given = stream(64, 1, extra=96), torch.tensor([3.0]) if static else None
-    mlp = img.qkv[..., 3 * HEADS * DIM :] / 40 * normal(2, 64, 1, seed=3).abs() * 90
-    attn = attend_qkv(img, None, HEADS)
-    joined, scales = attend_joined(img, mlp, HEADS, given)
-    assert (joined.dtype, joined.shape) == (FP8, (2, 64, HEADS * DIM + 96))
-    seen, width = joined.float() * scales, HEADS * DIM
-    assert relative_l2(seen[..., :width], attn.dequantized()) < 0.04
-    assert relative_l2(seen[..., width:], F.gelu(mlp, approximate="tanh")) < 0.04
-    if static:
-        assert scales is given
-    else:
-        own = F.gelu(mlp, approximate="tanh").abs().amax(-1, keepdim=True) / 448
-        assert torch.equal(scales, torch.maximum(own, attn.scale))
-        assert 0.1 < (own > attn.scale).float().mean() < 0.9, "one of both kinds of rows"
-
-
-def test_joined_attention_is_an_operator() -> None:
-    q, k, v = (normal(2, 8, HEADS, DIM, seed=s).to(FP8) for s in range(3))
-    for given in (None, torch.ones(1)):
-        arguments = (q, k, v, torch.ones(1), normal(2, 8, 40, seed=4), given)
-        torch.library.opcheck(fp8_joined._OPERATOR, arguments, test_utils="test_faketensor")
 
 
 def test_q_k_v_are_rounded_once_and_text_comes_first() -> None:

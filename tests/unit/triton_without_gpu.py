@@ -96,7 +96,7 @@ def fp8_calls() -> list[Callable[[], Any]]:
             lambda scale=scale: triton_rows.modulated_norm_fp8(x, mod, mod, 1e-6, scale),
             lambda scale=scale: triton_rows.gated_norm_fp8(OpenSum(x, x, mod), mod, mod, 1e-6, scale),
             lambda scale=scale: triton_rows.join_gelu_fp8(x, mlp, scale),
-            lambda scale=scale: joined(scale),
+            lambda scale=scale: triton_rows.join_gelu_fp8(x.to(FP8), mlp, scale, one),
             lambda scale=scale: triton_rows.gelu_fp8(mlp, scale),
             lambda scale=scale: triton_rows.quantize_fp8(x, scale),
         ]
@@ -110,16 +110,6 @@ def fp8_calls() -> list[Callable[[], Any]]:
         lambda: triton_attention.quantized_qkv(stream, stream, HEADS, 1e-6),
         lambda: triton_attention.quantized_qkv(stream, None, HEADS, 1e-6),
     ]
-
-
-def joined(scale: Tensor | None) -> None:
-    from trt_core.flux import triton_joined
-
-    mlp, one = empty(1, 64, 3 * HIDDEN + MLP)[..., 3 * HIDDEN :], empty(1, dtype=FP32)
-    out, scales = triton_joined.outputs(HIDDEN, mlp)
-    scales = scales if scale is None else scale
-    triton_joined.gelu_beside(mlp, one, out, scales, scale is not None)
-    triton_joined.join_beside_gelu(empty(1, 64, HIDDEN, dtype=FP8), one, out, scales, scale is not None)
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -178,24 +168,6 @@ def interpret() -> None:
     pairs = zip(triton_rows.gated_norm(stream, *mod[:2], 1e-6), fused.gated_norm(stream, *mod[:2]), strict=True)
     for seen, expected in pairs:
         same(seen, expected)
-    interpret_joined(normal(2, 5, 48) * 100, normal(2, 5, 150)[..., 80:144] * normal(2, 5, 1).abs())
-
-
-def interpret_joined(attn: Tensor, mlp: Tensor) -> None:
-    """Attention's columns alone: the GELU's tanh is one of the GPU's instructions, which has no interpreter. Written in
-    fp32, because the interpreter rounds 7.9 in E4M3 to 4 (Triton 3.6)."""
-    from trt_core.flux import fp8_joined, triton_joined
-
-    attn, attn_scale, width = attn.to(FP8), torch.tensor([0.002]), attn.shape[-1]
-    out, scales = triton_joined.outputs(width, mlp)
-    expected, row_scales = fp8_joined.joined_by(attn, attn_scale, mlp, None)
-    assert (scales.shape, out.shape, out.dtype) == (row_scales.shape, expected.shape, expected.dtype)
-    assert 0 < (row_scales > attn_scale).sum() < row_scales.numel(), "one of both kinds of scales"
-    for static, given in ((False, row_scales), (True, torch.tensor([0.001]))):
-        wide = torch.zeros(out.shape)
-        triton_joined.join_beside_gelu(attn, attn_scale, wide, given, static)
-        same(wide[..., :width], (attn.float() * attn_scale / given).clamp(-448, 448))
-        assert not wide[..., width:].any()
 
 
 def interpret_table() -> None:

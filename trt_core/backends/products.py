@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,29 +19,24 @@ def products_milliseconds(request: Request, inputs: list[Tensor]) -> float:
 
     Inductor calls the same kernels for them, as it does unless asked to tune its own.
     """
-    with torch.no_grad(), _NotedProducts() as noted:
-        request.reference(*inputs)
     with torch.no_grad():
+        with _NotedProducts() as noted:
+            request.reference(*inputs)
         calls = noted.calls
         return median_milliseconds(lambda: [call() for call in calls], request.device) if calls else 0.0
 
 
 class _NotedProducts(TorchFunctionMode):
-    """Keeps what linear layers multiply while they run: both factors, and the call that multiplies them again."""
+    """Keeps what linear layers multiply while they run, as calls whose first two arguments are the factors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.products: list[tuple[Tensor, Tensor]] = []
-        self.calls: list[Callable[[], Tensor]] = []
+        self.calls: list[partial[Tensor]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.linear:
-            x, weight = args[0].reshape(-1, args[0].shape[-1]), args[1].t()
-            self._note(x, weight, partial(torch.mm, x, weight))
+            x, weight = args[:2]
+            self.calls.append(partial(torch.mm, x.reshape(-1, x.shape[-1]), weight.t()))
         elif function is torch._scaled_mm:
-            self._note(*args[:2], partial(function, *args, **(kwargs or {})))
+            self.calls.append(partial(function, *args, **(kwargs or {})))
         return function(*args, **(kwargs or {}))
-
-    def _note(self, x: Tensor, weight: Tensor, call: Callable[[], Tensor]) -> None:
-        self.products.append((x, weight))
-        self.calls.append(call)

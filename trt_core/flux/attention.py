@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import Attention
-from . import flash3_attention, operators, side_stream
+from . import flash3_attention, fused, operators, side_stream
 from .fp8_attention import attend_fp8
 from .segments import AttentionFunction, BesideAttention
 
@@ -117,7 +117,7 @@ def _beside(
 def _one_after_the_other(
     q: Tensor, k: Tensor, v: Tensor, x: Tensor, weight: Tensor, bias: Tensor, kernel: str
 ) -> tuple[Tensor, Tensor]:
-    return attention_function(Attention(kernel))(q, k, v), F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    return attention_function(Attention(kernel))(q, k, v), fused.gelu_product(x, weight, bias)
 
 
 def _beside_shapes(
@@ -130,9 +130,11 @@ def _empty_product(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-# An operator, because Inductor launches everything that it compiles on one stream. Measured on an H100 as chains of a
-# single block's kernels in a CUDA graph, two pictures of 4608 tokens: 3.97 to 4.00 ms for 4.02 to 4.19 where the block
-# is cut and 4.06 to 4.10 where it is whole. For one picture nothing is gained (2.00 to 2.06 for 1.97 to 2.09).
+# An operator, because Inductor launches everything that it compiles on one stream. Measured on an H100, whole steps of
+# two pictures in turns: 236.1 to 236.5 ms for 239.6 to 240.6 with whole blocks. For one picture, as chains of a single
+# block's kernels, nothing is gained (2.00 to 2.06 ms for 1.97 to 2.09). Nor is it in FP8, where the GELU alone can be
+# beside attention: whole steps of one picture took 76.1 to 76.3 ms for 75.7 to 75.8, of two 148.3 to 148.8 for 148.7 to
+# 150.2.
 _BESIDE = operators.define(
     __name__,
     "attention_beside_product(Tensor q, Tensor k, Tensor v, Tensor x, Tensor weight, Tensor bias, str kernel)"

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..config import Profile, ShapeRange
+from . import attention as attention_kernels
 from . import (
     cudnn_attention,
     flash3_attention,
     fp8,
     fp8_attention,
     fp8_export,
-    fp8_joined,
     fused,
     linear,
     open_sum,
@@ -174,6 +174,7 @@ def axis_range(profile: Profile, axis: Axis) -> ShapeRange:
 def source_version() -> str:
     """Digest of the code that defines the segments: part of every engine's cache key, so an edit is a miss."""
     modules = (
+        attention_kernels,
         segments,
         linear,
         fp8,
@@ -181,7 +182,6 @@ def source_version() -> str:
         cudnn_attention,
         flash3_attention,
         fp8_export,
-        fp8_joined,
         fused,
         open_sum,
         rope,

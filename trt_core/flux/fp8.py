@@ -80,12 +80,18 @@ def quantize_gelu(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor
     return quantize(F.gelu(x, approximate="tanh"), input_scale)
 
 
-def quantize_join_gelu(attn: Tensor, mlp: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`fused.join_gelu` of attn [B, L, hidden] and mlp [B, L, mlp_hidden] in E4M3 and its scales."""
+def quantize_join_gelu(
+    attn: Tensor, mlp: Tensor, input_scale: Tensor | None, attn_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`fused.join_gelu` of attn [B, L, hidden] and mlp [B, L, mlp_hidden] in E4M3 and its scales.
+
+    With `attn_scale` (fp32, one element) attn is E4M3 and stands for attn * attn_scale.
+    """
     kernels = fused.row_kernels(mlp, attn.shape[-1] + mlp.shape[-1])
     if kernels is not None:
-        return kernels.join_gelu_fp8(attn, mlp, input_scale)
-    return quantize(fused.join_gelu(attn, mlp), input_scale)
+        return kernels.join_gelu_fp8(attn, mlp, input_scale, attn_scale)
+    wide = attn if attn_scale is None else (attn.float() * attn_scale).to(mlp.dtype)
+    return quantize(fused.join_gelu(wide, mlp), input_scale)
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

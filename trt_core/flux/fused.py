@@ -34,17 +34,16 @@ _kernels: ModuleType | None = None
 _row_kernels: ModuleType | None = None
 _weight_kernels: ModuleType | None = None
 _attention_kernels: ModuleType | None = None
-_joined_kernels: ModuleType | None = None
 
 
 def load_kernels() -> None:
     """Imports the Triton kernels where Triton is installed. Before compiling: Dynamo does not trace imports well."""
-    global _kernels, _row_kernels, _weight_kernels, _attention_kernels, _joined_kernels
+    global _kernels, _row_kernels, _weight_kernels, _attention_kernels
     if _kernels is None and _triton_installed():
-        from . import triton_attention, triton_joined, triton_kernels, triton_rows, triton_weights
+        from . import triton_attention, triton_kernels, triton_rows, triton_weights
 
         _kernels, _row_kernels, _weight_kernels = triton_kernels, triton_rows, triton_weights
-        _attention_kernels, _joined_kernels = triton_attention, triton_joined
+        _attention_kernels = triton_attention
 
 
 @cache
@@ -60,12 +59,6 @@ def row_kernels(x: Tensor, width: int) -> ModuleType | None:
 def attention_kernels(qkv: Tensor) -> ModuleType | None:
     """`triton_attention` where Dynamo is compiling for `qkv` on a GPU, else None."""
     return _attention_kernels if _use_kernels(qkv) else None
-
-
-def joined_kernels(width: int) -> ModuleType | None:
-    """`triton_joined` for rows of `width` on a GPU, wherever it is called from, or None: no Triton, or too wide."""
-    load_kernels()
-    return _joined_kernels if width <= MAX_ROW else None
 
 
 def weight_kernels(weight: Tensor) -> ModuleType | None:

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fp8, fp8_export
-from .fp8_attention import Fp8Activation, QkvStream, attend_qkv
-from .fp8_joined import attend_joined
+from .fp8_attention import Fp8Activation
 from .fused import gated_norm, join_gelu, modulated_norm
 from .open_sum import OpenSum
 
@@ -108,18 +107,13 @@ def gelu_linear(x: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     return _product(fp8.quantize_gelu(x, weight.input_scale), weight, bias, x.dtype)
 
 
-def join_gelu_linear(attn: Tensor, mlp: Tensor, weight: Weight, bias: Tensor) -> Tensor:
+def join_gelu_linear(attn: Activation, mlp: Tensor, weight: Weight, bias: Tensor) -> Tensor:
     """`linear` of attn and gelu(mlp) joined along the last axis."""
     if isinstance(weight, Tensor) or _needs_inputs(weight):
-        return linear(join_gelu(attn, mlp), weight, bias)
-    return _product(fp8.quantize_join_gelu(attn, mlp, weight.input_scale), weight, bias, mlp.dtype)
-
-
-def attend_join_gelu_linear(stream: QkvStream, mlp: Tensor, heads: int, weight: Weight, bias: Tensor) -> Tensor:
-    """`join_gelu_linear` of the attention of `stream`, which is in E4M3."""
-    if isinstance(weight, Tensor) or _needs_inputs(weight):
-        return join_gelu_linear(attend_qkv(stream, None, heads).dequantized(), mlp, weight, bias)
-    return _product(attend_joined(stream, mlp, heads, weight.input_scale), weight, bias, mlp.dtype)
+        wide = attn.dequantized() if isinstance(attn, Fp8Activation) else attn
+        return linear(join_gelu(wide, mlp), weight, bias)
+    values, scale = (attn.values, attn.scale) if isinstance(attn, Fp8Activation) else (attn, None)
+    return _product(fp8.quantize_join_gelu(values, mlp, weight.input_scale, scale), weight, bias, mlp.dtype)
 
 
 def _quantized_linear(x: Fp8Activation, weight: Weight, bias: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from .fused import gated_norm, gelu_product, has_gelu_epilogue, joined_product, 
 from .linear import (
     Activation,
     Weight,
-    attend_join_gelu_linear,
     gated_norm_linear,
     gelu_linear,
     join_gelu_linear,
@@ -77,7 +76,7 @@ def single_qkv_mlp(
 
 
 def single_out(
-    x: Tensor, attn: Tensor, wide: Tensor, mod: Tensor, linear2: Weight, linear2_bias: Tensor
+    x: Tensor, attn: Activation, wide: Tensor, mod: Tensor, linear2: Weight, linear2_bias: Tensor
 ) -> tuple[Tensor]:
     """x after a single block; `attn` [B, L, hidden], `wide` as `single_qkv_mlp` returned it."""
     out = join_gelu_linear(attn, mlp_of(wide, x.shape[-1]), linear2, linear2_bias)
@@ -142,11 +141,8 @@ def single_block(
             weights = (linear1, linear1_bias, query_norm, key_norm, linear2, linear2_bias)
             return x, _cut_single_block(attention, beside, normed, cos, sin, *weights)
         x, wide = gated_norm_linear(stream, mod[0], mod[1], linear1, linear1_bias)
-        qkv, mlp = QkvStream(wide, query_norm, key_norm, cos, sin), mlp_of(wide, x.shape[-1])
-        if attention is attend_fp8:
-            heads = x.shape[-1] // query_norm.shape[0]
-            return x, attend_join_gelu_linear(qkv, mlp, heads, linear2, linear2_bias)
-        return x, join_gelu_linear(_attention(attention, qkv, x.shape[-1]), mlp, linear2, linear2_bias)
+        attn = _attention(attention, QkvStream(wide, query_norm, key_norm, cos, sin), x.shape[-1])
+        return x, join_gelu_linear(attn, mlp_of(wide, x.shape[-1]), linear2, linear2_bias)
 
     return block
 
@@ -206,8 +202,10 @@ def _written_together(x: Tensor, attention: AttentionFunction, *weights: Weight)
     return x.shape[0] == 1 and has_gelu_epilogue(x) and attention is not attend_fp8 and plain
 
 
-def _attention(attention: AttentionFunction, stream: QkvStream, hidden: int) -> Tensor:
+def _attention(attention: AttentionFunction, stream: QkvStream, hidden: int) -> Activation:
     """Attention's output for the one stream of a single block."""
+    if attention is attend_fp8:
+        return attend_qkv(stream, None, hidden // stream.query_norm.shape[0])
     q, k = _rotated(stream, hidden)
     return attention(q, k, value_of(stream.qkv, q))
 

@@ -19,10 +19,12 @@ import torch
 def forked(device: torch.device) -> Iterator[torch.cuda.Stream]:
     """A stream that begins where the current one is; on leaving, the current one waits for what was launched on it.
 
+    `device`: a tensor's, with its index.
+
     What is launched first gets the multiprocessors first: launch the longer kernel on the current stream, then the
     other on this one. Tensors that it writes are made before, so that their memory belongs to the current stream.
     """
-    current, side = torch.cuda.current_stream(device), _side_stream(current_index(device))
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(current)
     try:
         yield side
@@ -30,10 +32,6 @@ def forked(device: torch.device) -> Iterator[torch.cuda.Stream]:
         current.wait_stream(side)
 
 
-def current_index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
 @cache
-def _side_stream(device_index: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(torch.device("cuda", device_index))
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -38,7 +38,7 @@ def clamped(x):
 
 
 @triton.jit
-def gelu(x, QUICK: tl.constexpr):
+def _gelu(x, QUICK: tl.constexpr):
     """GELU's tanh form: 0.5 * (1 + tanh(u)) is sigmoid(2 * u).
 
     QUICK: by the GPU's own tanh, one instruction, off by 2 ** -11 at most; that is a sixtieth of what E4M3 rounds off,
@@ -54,13 +54,13 @@ def gelu(x, QUICK: tl.constexpr):
 
 
 @triton.jit
-def load_row(row_ptr, start, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _load(row_ptr, start, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     column = start + tl.arange(0, BLOCK)
     return tl.load(row_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_row(row_ptr, start, x, factor, WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUANTIZE: tl.constexpr):
+def _store(row_ptr, start, x, factor, WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUANTIZE: tl.constexpr):
     column = start + tl.arange(0, BLOCK)
     if QUANTIZE == 1:
         x = clamped(x * factor)
@@ -83,7 +83,7 @@ def _factor(bits, scale_ptr, row, QUANTIZE: tl.constexpr):
 
 
 @triton.jit
-def row_offset(row, tokens, stride_b, stride_l):
+def _offset(row, tokens, stride_b, stride_l):
     return (row // tokens).to(tl.int64) * stride_b + (row % tokens).to(tl.int64) * stride_l
 
 
@@ -93,9 +93,9 @@ def _quantize_kernel(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    x = load_row(x_ptr + row_offset(row, tokens, x_stride_b, x_stride_l), 0, WIDTH, BLOCK)
+    x = _load(x_ptr + _offset(row, tokens, x_stride_b, x_stride_l), 0, WIDTH, BLOCK)
     factor = _factor(amax_bits(x), scale_ptr, row, QUANTIZE)
-    store_row(out_ptr + row.to(tl.int64) * WIDTH, 0, x, factor, WIDTH, BLOCK, QUANTIZE)
+    _store(out_ptr + row.to(tl.int64) * WIDTH, 0, x, factor, WIDTH, BLOCK, QUANTIZE)
 
 
 @triton.jit
@@ -113,12 +113,12 @@ def _modulated_norm_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     batch = (row // tokens).to(tl.int64)
-    x = load_row(x_ptr + row_offset(row, tokens, x_stride_b, x_stride_l), 0, WIDTH, BLOCK)
-    shift = load_row(mod_shift_ptr + batch * shift_stride_b, 0, WIDTH, BLOCK)
-    scale = load_row(mod_scale_ptr + batch * scale_stride_b, 0, WIDTH, BLOCK)
+    x = _load(x_ptr + _offset(row, tokens, x_stride_b, x_stride_l), 0, WIDTH, BLOCK)
+    shift = _load(mod_shift_ptr + batch * shift_stride_b, 0, WIDTH, BLOCK)
+    scale = _load(mod_scale_ptr + batch * scale_stride_b, 0, WIDTH, BLOCK)
     x = _modulated(x, shift, scale, EPS, WIDTH, BLOCK)
     factor = _factor(amax_bits(x), scale_ptr, row, QUANTIZE)
-    store_row(out_ptr + row.to(tl.int64) * WIDTH, 0, x, factor, WIDTH, BLOCK, QUANTIZE)
+    _store(out_ptr + row.to(tl.int64) * WIDTH, 0, x, factor, WIDTH, BLOCK, QUANTIZE)
 
 
 @triton.jit
@@ -130,11 +130,11 @@ def _gated_norm_kernel(
     """x + gate * add, rounded and stored, and the modulated norm of what was stored."""
     row = tl.program_id(0)
     batch = (row // tokens).to(tl.int64)
-    x = load_row(x_ptr + row_offset(row, tokens, x_stride_b, x_stride_l), 0, WIDTH, BLOCK)
-    add = load_row(add_ptr + row_offset(row, tokens, add_stride_b, add_stride_l), 0, WIDTH, BLOCK)
-    gate = load_row(gate_ptr + batch * gate_stride_b, 0, WIDTH, BLOCK)
-    shift = load_row(mod_shift_ptr + batch * shift_stride_b, 0, WIDTH, BLOCK)
-    scale = load_row(mod_scale_ptr + batch * scale_stride_b, 0, WIDTH, BLOCK)
+    x = _load(x_ptr + _offset(row, tokens, x_stride_b, x_stride_l), 0, WIDTH, BLOCK)
+    add = _load(add_ptr + _offset(row, tokens, add_stride_b, add_stride_l), 0, WIDTH, BLOCK)
+    gate = _load(gate_ptr + batch * gate_stride_b, 0, WIDTH, BLOCK)
+    shift = _load(mod_shift_ptr + batch * shift_stride_b, 0, WIDTH, BLOCK)
+    scale = _load(mod_scale_ptr + batch * scale_stride_b, 0, WIDTH, BLOCK)
     x = x + gate * add
     if sum_ptr.dtype.element_ty == tl.float16:
         x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
@@ -143,34 +143,37 @@ def _gated_norm_kernel(
     tl.store(sum_ptr + row.to(tl.int64) * WIDTH + column, rounded, mask=column < WIDTH)
     x = _modulated(rounded.to(tl.float32), shift, scale, EPS, WIDTH, BLOCK)
     factor = _factor(amax_bits(x), scale_ptr, row, QUANTIZE)
-    store_row(out_ptr + row.to(tl.int64) * WIDTH, 0, x, factor, WIDTH, BLOCK, QUANTIZE)
+    _store(out_ptr + row.to(tl.int64) * WIDTH, 0, x, factor, WIDTH, BLOCK, QUANTIZE)
 
 
 @triton.jit
 def _join_gelu_kernel(
-    attn_ptr, mlp_ptr, out_ptr, scale_ptr, tokens,
+    attn_ptr, attn_scale_ptr, mlp_ptr, out_ptr, scale_ptr, tokens,
     attn_stride_b, attn_stride_l, mlp_stride_b, mlp_stride_l,
     HIDDEN: tl.constexpr, HIDDEN_BLOCK: tl.constexpr, MLP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
-    QUANTIZE: tl.constexpr,
+    QUANTIZE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """HIDDEN columns of attn (there may be none), then GELU of MLP columns in blocks FIRST and REST."""
+    """HIDDEN columns of attn (there may be none; SCALED: times what `attn_scale_ptr` points to), then GELU of MLP
+    columns in blocks FIRST and REST."""
     row = tl.program_id(0)
-    mlp_row = mlp_ptr + row_offset(row, tokens, mlp_stride_b, mlp_stride_l)
-    first = gelu(load_row(mlp_row, 0, MLP, FIRST), QUANTIZE > 0)
+    mlp_row = mlp_ptr + _offset(row, tokens, mlp_stride_b, mlp_stride_l)
+    first = _gelu(_load(mlp_row, 0, MLP, FIRST), QUANTIZE > 0)
     bits = amax_bits(first)
     if REST > 0:
-        rest = gelu(load_row(mlp_row, FIRST, MLP, REST), QUANTIZE > 0)
+        rest = _gelu(_load(mlp_row, FIRST, MLP, REST), QUANTIZE > 0)
         bits = tl.maximum(bits, amax_bits(rest))
     if HIDDEN > 0:
-        attn = load_row(attn_ptr + row_offset(row, tokens, attn_stride_b, attn_stride_l), 0, HIDDEN, HIDDEN_BLOCK)
+        attn = _load(attn_ptr + _offset(row, tokens, attn_stride_b, attn_stride_l), 0, HIDDEN, HIDDEN_BLOCK)
+        if SCALED:
+            attn = attn * tl.load(attn_scale_ptr)
         bits = tl.maximum(bits, amax_bits(attn))
     factor = _factor(bits, scale_ptr, row, QUANTIZE)
     out_row = out_ptr + row.to(tl.int64) * (HIDDEN + MLP)
     if HIDDEN > 0:
-        store_row(out_row, 0, attn, factor, HIDDEN, HIDDEN_BLOCK, QUANTIZE)
-    store_row(out_row + HIDDEN, 0, first, factor, MLP, FIRST, QUANTIZE)
+        _store(out_row, 0, attn, factor, HIDDEN, HIDDEN_BLOCK, QUANTIZE)
+    _store(out_row + HIDDEN, 0, first, factor, MLP, FIRST, QUANTIZE)
     if REST > 0:
-        store_row(out_row + HIDDEN, FIRST, rest, factor, MLP, REST, QUANTIZE)
+        _store(out_row + HIDDEN, FIRST, rest, factor, MLP, REST, QUANTIZE)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -205,10 +208,12 @@ def join_gelu(attn: Tensor, mlp: Tensor) -> Tensor:
     return _join_gelu(attn, mlp, attn.shape[-1], ROUNDED, None)[0]
 
 
-def join_gelu_fp8(attn: Tensor, mlp: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`join_gelu` in E4M3 and its scales, as in `modulated_norm_fp8`."""
+def join_gelu_fp8(
+    attn: Tensor, mlp: Tensor, input_scale: Tensor | None, attn_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`join_gelu` in E4M3 and its scales, as in `modulated_norm_fp8`; attn times `attn_scale` (one element), if any."""
     mode = PER_ROW if input_scale is None else STATIC
-    return _join_gelu(attn, mlp, attn.shape[-1], mode, input_scale)
+    return _join_gelu(attn, mlp, attn.shape[-1], mode, input_scale, attn_scale)
 
 
 def gelu_fp8(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -254,15 +259,18 @@ def _gated_norm(
     return total, out, scales
 
 
-def _join_gelu(attn: Tensor, mlp: Tensor, hidden: int, mode: int, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _join_gelu(
+    attn: Tensor, mlp: Tensor, hidden: int, mode: int, input_scale: Tensor | None, attn_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     attn, mlp, width = _rows(attn), _rows(mlp), mlp.shape[-1]
     out, scales = _outputs(mlp, hidden + width, mode, input_scale)
     first, warps = _gelu_blocks(width, hidden + width, mode)
     _join_gelu_kernel[(mlp.shape[0] * mlp.shape[1],)](
-        attn, mlp, out, scales, mlp.shape[1],
+        attn, scales if attn_scale is None else attn_scale, mlp, out, scales, mlp.shape[1],
         attn.stride(0), attn.stride(1), mlp.stride(0), mlp.stride(1),
         HIDDEN=hidden, HIDDEN_BLOCK=triton.next_power_of_2(max(1, hidden)), MLP=width, FIRST=first,
-        REST=triton.next_power_of_2(width - first) if width > first else 0, QUANTIZE=mode, num_warps=warps,
+        REST=triton.next_power_of_2(width - first) if width > first else 0, QUANTIZE=mode,
+        SCALED=attn_scale is not None, num_warps=warps,
     )  # fmt: skip
     return out, scales
 
