@@ -66,7 +66,8 @@ def _fp8(compiler: SegmentCompiler, other_ms: float) -> Measurement:
     if reason := why_not_fp8_attention(device, arch.head_dim):
         return Measurement("attention", Attention.FP8.value, left_out=reason)
     q = torch.randn(_shape(compiler), device=device, dtype=compiler.dtype).to(FP8)
-    ms = median_milliseconds(lambda: cudnn_attention.attend(q, q, q), device, 5, 1)
+    factor = torch.ones(1, device=device)
+    ms = median_milliseconds(lambda: cudnn_attention.attend(q, q, q, factor), device, 5, 1)
     slow = None if ms <= _WORTH_IT * other_ms else f"it takes {ms:.2f} ms, the fastest of the others {other_ms:.2f} ms"
     return Measurement("attention", Attention.FP8.value, ms, left_out=slow)
 

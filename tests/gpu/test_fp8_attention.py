@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.unit.sums import added
@@ -15,8 +16,8 @@ from trt_core.flux import cudnn_attention, fp8_attention, fused
 from trt_core.flux.architecture import FluxArchitecture
 from trt_core.flux.attention import attend
 from trt_core.flux.catalogue import SegmentName, segment
-from trt_core.flux.fp8 import FP8
-from trt_core.flux.fp8_attention import QkvStream, attend_fp8, quantized_qkv
+from trt_core.flux.fp8 import FP8, quantize_rows
+from trt_core.flux.fp8_attention import QkvStream, ValueSource, attend_fp8, quantized_qkv
 from trt_core.flux.precision import Precision
 
 pytest.importorskip("triton")
@@ -32,25 +33,43 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def stream(tokens: int, heads: int, dim: int, seed: int, dtype: torch.dtype, extra: int = 0) -> QkvStream:
-    qkv = normal(2, tokens + 2, 3 * heads * dim + extra, seed=seed)
-    qkv[..., 2 * heads * dim : 3 * heads * dim] *= 20
+    """Strided products of two pictures, v as large as its source makes it."""
+    hidden = heads * dim
+    qkv, source = normal(2, tokens + 2, 3 * hidden + extra, seed=seed), value_source(hidden, seed + 4, dtype)
+    x = F.layer_norm(normal(2, tokens + 2, hidden, seed=seed + 8), (hidden,), eps=1e-6)
+    x = x * (1 + source.scale[:, None].float()) + source.shift[:, None].float()
+    matrix = source.weight.float() * (1 if source.weight_scale is None else source.weight_scale)
+    qkv[..., 2 * hidden : 3 * hidden] = x @ matrix.T + source.bias.float()
     norms = ((1 + 0.1 * normal(dim, seed=seed + s)).to(dtype) for s in (1, 2))
     angle = normal(tokens, dim // 2, seed=seed + 3)
-    return QkvStream(qkv.to(dtype)[:, 2:], *norms, angle.cos(), angle.sin())
+    return QkvStream(qkv.to(dtype)[:, 2:], *norms, angle.cos(), angle.sin(), source)
+
+
+def value_source(hidden: int, seed: int, dtype: torch.dtype) -> ValueSource:
+    """With one scale, one for each row, or none: by the seed."""
+    shift, scale, bias = (0.5 * normal(2, hidden, seed=seed + s).to(dtype) for s in range(3))
+    wide = normal(3 * hidden, hidden, seed=seed + 5)[2 * hidden :]
+    weight, weight_scale = [
+        (wide.to(dtype), None), quantize_rows(wide), (wide.to(FP8), torch.full((1,), 3.0, device=DEVICE)),
+    ][seed % 3]  # fmt: skip
+    return ValueSource(shift, scale, weight, weight_scale, bias[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("heads", "dim"), [(24, 128), (3, 32)])
 @pytest.mark.parametrize("txt_tokens", [0, 1, 37])
-def test_quantized_qkv(dtype: torch.dtype, heads: int, dim: int, txt_tokens: int) -> None:
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_quantized_qkv(dtype: torch.dtype, heads: int, dim: int, txt_tokens: int, seed: int) -> None:
     """Equal to the plain arithmetic but for neighbours in E4M3, where a number sits on the edge between two."""
     from trt_core.flux import triton_attention
 
-    img = stream(61, heads, dim, 1, dtype, extra=16)
-    txt = stream(txt_tokens, heads, dim, 9, dtype) if txt_tokens else None
+    img = stream(61, heads, dim, seed, dtype, extra=16)
+    txt = stream(txt_tokens, heads, dim, seed + 10, dtype) if txt_tokens else None
     seen = triton_attention.quantized_qkv(img, txt, heads, fused.EPS)
     expected = quantized_qkv(img, txt, heads)
-    assert torch.equal(seen[3], expected[3])
+    assert torch.equal(seen.scale, expected.scale)
+    assert float(seen.factor) == pytest.approx(float(expected.factor), rel=1e-4)
+    assert 2 < float(seen.factor) < 60, "the bound is far above v, or below it"
     for s, e in zip(seen[:3], expected[:3], strict=True):
         assert (s.dtype, s.shape, s.is_contiguous()) == (FP8, e.shape, True)
         steps = (s.view(torch.uint8).int() - e.view(torch.uint8).int()).abs()
@@ -61,10 +80,12 @@ def test_quantized_qkv(dtype: torch.dtype, heads: int, dim: int, txt_tokens: int
 @needs_cudnn
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("tokens", [64, 257, 1536])
-def test_cudnn_is_the_reference(batch: int, tokens: int) -> None:
+@pytest.mark.parametrize("factor", [1.0, 12.0])
+def test_cudnn_is_the_reference(batch: int, tokens: int, factor: float) -> None:
     q, k, v = (normal(batch, tokens, 24, 128, seed=s).to(FP8) for s in range(3))
-    seen, expected = cudnn_attention.attend(q, k, v).float(), fp8_attention.reference(q, k, v).float()
-    exact = attend(q.float(), k.float(), v.float()).unflatten(-1, (24, 128))
+    times = torch.full((1,), factor, device=DEVICE)
+    seen, expected = (f(q, k, v, times).float() for f in (cudnn_attention.attend, fp8_attention.reference))
+    exact = attend(q.float(), k.float(), v.float()).unflatten(-1, (24, 128)) * factor
     assert relative_l2(seen, exact) < 1.2 * relative_l2(expected, exact) < 0.06
     assert relative_l2(seen, expected) < 0.05
 

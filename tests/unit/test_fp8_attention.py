@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import trt_core
@@ -18,12 +19,12 @@ from trt_core.config import Attention
 from trt_core.flux.architecture import FluxArchitecture
 from trt_core.flux.attention import attend, attention_function
 from trt_core.flux.catalogue import SegmentName, segment
-from trt_core.flux.fp8 import FP8
-from trt_core.flux.fp8_attention import QkvStream, attend_fp8, attend_qkv, logit_noise, quantized_qkv
+from trt_core.flux.fp8 import FP8, quantize_rows
+from trt_core.flux.fp8_attention import QkvStream, ValueSource, attend_fp8, attend_qkv, logit_noise, quantized_qkv
 from trt_core.flux.precision import Precision
 
 CPU = torch.device("cpu")
-HEADS, DIM = 3, 16
+HEADS, DIM, WIDTH = 3, 16, 64
 FP8_LAYERS = {
     SegmentName.DOUBLE_BLOCK: ("img_attn.proj", "txt_attn.proj"),
     SegmentName.SINGLE_BLOCK: ("linear2",),
@@ -37,10 +38,26 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def stream(tokens: int, seed: int, extra: int = 0) -> QkvStream:
     """With values of v around 40: a scale that is forgotten shows."""
     qkv = normal(2, tokens, 3 * HEADS * DIM + extra, seed=seed)
-    qkv[..., 2 * HEADS * DIM :] *= 40
+    source = value_source(seed + 4)
+    qkv[..., 2 * HEADS * DIM : 3 * HEADS * DIM] = values(source, normal(2, tokens, WIDTH, seed=seed + 9))
     angles = normal(tokens, DIM // 2, seed=seed + 1)
     norms = (1 + 0.1 * normal(DIM, seed=seed + s) for s in (2, 3))
-    return QkvStream(qkv, *norms, angles.cos(), angles.sin())
+    return QkvStream(qkv, *norms, angles.cos(), angles.sin(), source)
+
+
+def value_source(seed: int, gain: float = 1.0, moved: float = 0.5) -> ValueSource:
+    """E4M3, with a scale for each row."""
+    shift, scale = (moved * normal(2, WIDTH, seed=seed + s) for s in (1, 2))
+    weight, weight_scale = quantize_rows(normal(HEADS * DIM, WIDTH, seed=seed) * gain)
+    return ValueSource(shift, scale, weight, weight_scale, gain * normal(HEADS * DIM, seed=seed + 3))
+
+
+def values(source: ValueSource, x: Tensor) -> Tensor:
+    """v of x [2, n, WIDTH], whose modulated norm is rounded to E4M3."""
+    normed = F.layer_norm(x, (WIDTH,), eps=1e-6) * (1 + source.scale[:, None]) + source.shift[:, None]
+    rounded, scale = quantize_rows(normed)
+    matrix = source.weight.float() * (1 if source.weight_scale is None else source.weight_scale)
+    return (rounded.float() * scale) @ matrix.T + source.bias
 
 
 def exact(img: QkvStream, txt: QkvStream) -> Tensor:
@@ -74,14 +91,37 @@ def test_from_products_to_attention() -> None:
 
 def test_q_k_v_are_rounded_once_and_text_comes_first() -> None:
     img, txt = stream(5, 1, extra=9), stream(3, 7)
-    q, k, v, scale = quantized_qkv(img, txt, HEADS)
+    q, k, v, scale, factor = quantized_qkv(img, txt, HEADS)
     assert {x.dtype for x in (q, k, v)} == {FP8}
     assert all(x.is_contiguous() for x in (q, k, v))
     all_v = torch.cat([s.qkv[..., 2 * HEADS * DIM : 3 * HEADS * DIM] for s in (txt, img)], 1)
     assert float(scale) == pytest.approx(float(all_v.abs().max()) / 448)
-    assert relative_l2((v.float() * scale).flatten(2), all_v) < 0.04
+    assert relative_l2((v.float() * scale * factor).flatten(2), all_v) < 0.04
+    assert float(factor) > 1, "v's scale is not the bound's"
     expected = turned(normed(txt.qkv[..., : HEADS * DIM].unflatten(-1, (HEADS, DIM)).double(), txt.query_norm), txt)
     assert relative_l2(q[:, :3], expected.float()) < 0.04
+
+
+@pytest.mark.parametrize("moved", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("kind", ["random", "one row", "one column", "one scale", "plain"])
+def test_v_stays_below_its_bound(kind: str, moved: float) -> None:
+    """For tokens in the worst direction as well, which reach it; for tokens in any other, not a hundredth is wasted."""
+    source = value_source(5, gain=0.03, moved=moved)
+    if kind == "one row":
+        source.weight_scale[7] *= 50
+    elif kind == "one column":
+        source.scale[0, 3] = 80
+    elif kind == "one scale":
+        source = source._replace(weight_scale=source.weight_scale[:1].clone().reshape(1))
+    elif kind == "plain":
+        source = source._replace(weight=source.weight.float() * source.weight_scale, weight_scale=None)
+    matrix = source.weight.float() * (1 if source.weight_scale is None else source.weight_scale)
+    bound = float(source.bound())
+    worst = torch.stack([matrix * (1 + scale) for scale in source.scale])
+    largest = max(float(values(source, x).abs().max()) for x in (worst, -worst))
+    assert largest <= bound
+    assert largest > bound / 3, "the worst direction is far from it"
+    assert bound / 100 < float(values(source, normal(2, 256, WIDTH)).abs().max()) <= bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -130,6 +170,6 @@ def test_the_package_may_have_any_name(tmp_path: Path) -> None:
         "for package in (name, 'trt_core'):\n"
         "    found = importlib.import_module(package + '.flux.fp8_attention')\n"
         "    x = found.torch.ones(1, 2, 1, 4).to(found.FP8)\n"
-        "    assert found._OPERATOR(x, x, x).shape == x.shape\n"
+        "    assert found._OPERATOR(x, x, x, found.torch.ones(1)).shape == x.shape\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(trt_core.__file__).parents[1])

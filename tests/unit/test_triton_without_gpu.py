@@ -19,8 +19,8 @@ FP8_KERNELS = {
     "_quantize_kernel",
     "_merge_kernel",
     "_merge_low_rank_fp8_kernel",
-    "_queries_keys_kernel",
-    "_values_kernel",
+    "_bound_kernel",
+    "_queries_keys_values_kernel",
 }
 
 

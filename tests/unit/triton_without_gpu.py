@@ -83,13 +83,14 @@ def plain_calls() -> list[Callable[[], Any]]:
 def fp8_calls() -> list[Callable[[], Any]]:
     from trt_core import triton_merge
     from trt_core.flux import triton_attention, triton_rows, triton_weights
-    from trt_core.flux.fp8_attention import QkvStream
+    from trt_core.flux.fp8_attention import QkvStream, ValueSource
     from trt_core.flux.open_sum import OpenSum
 
     x, mlp, mod, one = empty(1, 64, HIDDEN), empty(1, 64, MLP), empty(1, HIDDEN), empty(1, dtype=FP32)
     norm, cos, base = empty(DIM), empty(64, DIM // 2, dtype=FP32), empty(HIDDEN, HIDDEN)
-    stream = QkvStream(empty(1, 64, 3 * HIDDEN), norm, norm, cos, cos)
     out = (empty(HIDDEN, HIDDEN, dtype=FP8), empty(HIDDEN, 1, dtype=FP32))
+    sources = [ValueSource(mod, mod, *weight, empty(HIDDEN)) for weight in (out, (out[0], one), (base, None))]
+    streams = [QkvStream(empty(1, 64, 3 * HIDDEN), norm, norm, cos, cos, source) for source in sources]
     calls: list[Callable[[], Any]] = []
     for scale in (None, one):
         calls += [
@@ -107,8 +108,8 @@ def fp8_calls() -> list[Callable[[], Any]]:
         calls.append(lambda terms=terms: triton_merge.merge_low_rank_fp8(base, terms, *out))
     return [
         *calls,
-        lambda: triton_attention.quantized_qkv(stream, stream, HEADS, 1e-6),
-        lambda: triton_attention.quantized_qkv(stream, None, HEADS, 1e-6),
+        *(lambda stream=stream: triton_attention.quantized_qkv(stream, stream, HEADS, 1e-6) for stream in streams),
+        *(lambda stream=stream: triton_attention.quantized_qkv(stream, None, HEADS, 1e-6) for stream in streams),
     ]
 
 

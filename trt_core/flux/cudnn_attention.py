@@ -35,8 +35,8 @@ class Graph:
 
     graph: Any
     handle: Any
-    operands: tuple[int, int, int, int]
-    """Of q, k, v and the result."""
+    operands: tuple[int, int, int, int, int]
+    """Of q, k, v, the result and its factor."""
     addresses: dict[int, int]
     """Of its scales."""
     workspace: Tensor
@@ -44,8 +44,9 @@ class Graph:
     """What lies at `addresses`."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, L, H, D] E4M3 of contiguous E4M3 operands of that shape on a GPU. Runs on PyTorch's current stream."""
+def attend(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
+    """[B, L, H, D] E4M3 of contiguous E4M3 operands of that shape on a GPU, times `factor` (fp32, one element) before
+    it is rounded. Runs on PyTorch's current stream."""
     import cudnn
 
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -53,7 +54,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with torch.cuda.device(q.device):
         made = graph_of(q.device.index, *q.shape)
         cudnn.set_stream(made.handle, torch.cuda.current_stream().cuda_stream)
-        places = zip(made.operands, (x.data_ptr() for x in (q, k, v, out)), strict=True)
+        places = zip(made.operands, (x.data_ptr() for x in (q, k, v, out, factor)), strict=True)
         made.graph.execute({**made.addresses, **dict(places)}, made.workspace.data_ptr(), handle=made.handle)
     return out
 
@@ -78,7 +79,7 @@ def graph_of(device_index: int, batch: int, tokens: int, heads: int, dim: int) -
     layout = {"dim": [batch, heads, tokens, dim], "stride": [tokens * heads * dim, dim, heads * dim, 1]}
     query, key, value = (graph.tensor(name=name, data_type=kinds.FP8_E4M3, **layout) for name in "qkv")
     one = {"dim": [1, 1, 1, 1], "stride": [1, 1, 1, 1]}
-    scales = {name: graph.tensor(name=name, data_type=kinds.FLOAT, **one) for name in _SCALES}
+    scales = {name: graph.tensor(name=name, data_type=kinds.FLOAT, **one) for name in (*_SCALES, _FACTOR)}
     out, _, amax_s, amax_o = graph.sdpa_fp8(
         q=query, k=key, v=value, **scales, is_inference=True, attn_scale=dim**-0.5, use_causal_mask=False
     )
@@ -90,15 +91,16 @@ def graph_of(device_index: int, batch: int, tokens: int, heads: int, dim: int) -
     _build(graph, cudnn.heur_mode.A)
     kept = {scales[name].get_uid(): _scalar(value, device_index) for name, value in _SCALES.items()}
     workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=device_index)
-    operands = tuple(tensor.get_uid() for tensor in (query, key, value, out))
+    operands = tuple(tensor.get_uid() for tensor in (query, key, value, out, scales[_FACTOR]))
     addresses = {uid: tensor.data_ptr() for uid, tensor in kept.items()}
     return Graph(graph, handle, operands, addresses, workspace, tuple(kept.values()))
 
 
 _SCALES = {
-    "descale_q": 1.0, "descale_k": 1.0, "descale_v": 1.0, "descale_s": 1 / FP8_MAX, "scale_s": FP8_MAX, "scale_o": 1.0,
+    "descale_q": 1.0, "descale_k": 1.0, "descale_v": 1.0, "descale_s": 1 / FP8_MAX, "scale_s": FP8_MAX,
 }  # fmt: skip
 """v's own scale is left to the reader of the result: an average of v is in v's units."""
+_FACTOR = "scale_o"
 
 
 def _build(graph: Any, heuristic: Any) -> None:
@@ -121,7 +123,7 @@ def why_not(device: torch.device, dim: int) -> str | None:
         return f"{CUDNN_FRONTEND} does not start: {first_line(error)}"
     sample = torch.zeros((1, 64, 1, dim), device=device).to(FP8)
     try:
-        attend(sample, sample, sample)
+        attend(sample, sample, sample, torch.ones(1, device=device))
     except (RuntimeError, cudnn.cudnnGraphNotSupportedError) as error:
         return f"cuDNN refuses it: {first_line(error)}"
     return None

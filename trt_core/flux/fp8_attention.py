@@ -1,9 +1,12 @@
 """Attention whose operands are E4M3: q, k, v and the probabilities, with fp32 sums, by cuDNN's kernel.
 
 q and k leave their RMS norm with a known size (at most sqrt(D) times the largest norm weight), so they are rounded as
-they are; v has one scale, its largest magnitude / 448; probabilities are exp(logit - largest) <= 1, times 448. The
-result is an average of v's rows and is handed on in E4M3 with v's scale: the next product takes it without another
-kernel. Measured on an H100, 24 heads, 4608 tokens, D 128: 0.294 ms where bf16 takes 0.433.
+they are; probabilities are exp(logit - largest) <= 1, times 448. v has one scale. Were it v's largest magnitude / 448,
+v would be read twice: to find that, and to be rounded. So a block's v is bounded before it is made (`ValueSource`):
+E4M3 is as exact three orders of magnitude below its largest number. The result, averages of v's rows, may be far
+smaller than they are; it has the scale that v's largest magnitude gives, and the next product takes it as it is.
+
+Measured on an H100, 24 heads, 4608 tokens, D 128: 0.294 ms where bf16 takes 0.433.
 
 What rounding does to a logit grows with the norms' weights, and sharp softmaxes make much of it: `logit_noise`.
 """
@@ -16,22 +19,67 @@ import torch
 from torch import Tensor
 
 from . import cudnn_attention, fused, operators
-from .fp8 import FP8, FP8_MAX, quantize_tensor, tensor_scale
+from .fp8 import FP8, FP8_MAX, quantize_tensor, scale_of, tensor_scale
 from .rope import rotate
 
+ROUNDED_BY = 1 / 16
+"""Largest relative error of a number rounded to E4M3."""
+BOUND_MARGIN = 1.01
+"""For the rounding of sums and of v itself; what is beyond it all the same becomes 448."""
 _PRODUCT_ERROR = 0.0375
 """Relative rms error of a product of two numbers rounded to E4M3 (0.0265 each)."""
 
 
+class ValueSource(NamedTuple):
+    """What makes v = (norm(x) * (1 + scale) + shift) @ (weight * weight_scale)^T + bias: it says how large v can be.
+
+    shift and scale [B, K]; weight [H * D, K], E4M3 with weight_scale (fp32, [H * D, 1] or one element), or of another
+    dtype with None; bias [H * D].
+
+    A layer norm's row has a length of sqrt(K) at most, so by Cauchy and Schwarz |v_j| <= sqrt(K) * |W_j * (1 + scale)|
+    + |W_j . shift| + |bias_j|. Where the norm is rounded to E4M3, each element is off by a sixteenth of itself at most.
+    With rows in random directions the largest of v is about a twelfth of that.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    weight: Tensor
+    weight_scale: Tensor | None
+    bias: Tensor
+
+    def bound(self) -> Tensor:
+        """fp32 [1], at least the largest |v|."""
+        weight, shift = self.weight.float(), self.shift.float()
+        if self.weight_scale is not None:
+            weight = weight * self.weight_scale
+        width = weight.shape[-1]
+        gain = ((1 + self.scale.float()).square() @ weight.square().T * width).sqrt()
+        moved = (shift @ weight.T).abs() + ROUNDED_BY * (shift.abs() @ weight.abs().T)
+        return (gain * (1 + ROUNDED_BY) + moved + self.bias.float().abs()).amax().reshape(1) * BOUND_MARGIN
+
+
 class QkvStream(NamedTuple):
     """One stream's product [B, n, 3 * H * D or more], q, k, v in its first columns, dense in the last axis; norms [D],
-    angles [n, D / 2] in fp32."""
+    angles [n, D / 2] in fp32; and what v is made of."""
 
     qkv: Tensor
     query_norm: Tensor
     key_norm: Tensor
     cos: Tensor
     sin: Tensor
+    source: ValueSource | None = None
+
+
+class QuantizedQkv(NamedTuple):
+    """q, k, v [B, L, H, D] in E4M3, contiguous. `scale` (fp32 [1]): v's largest magnitude / 448, which the result of
+    attention has. `factor` (fp32 [1]): v's own scale / `scale`, by which the result is multiplied before it is rounded.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: Tensor
+    factor: Tensor
 
 
 class Fp8Activation(NamedTuple):
@@ -62,23 +110,30 @@ def attend_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention in E4M3 of q, k, v [B, L, H, D] in any float dtype to [B, L, H * D] in v's: between segments."""
     q8, k8 = (_rounded(x).contiguous() for x in (q, k))
     scale = tensor_scale(v)
-    return _attended(q8, k8, quantize_tensor(v, scale).contiguous(), scale, v.dtype).dequantized()
+    made = QuantizedQkv(q8, k8, quantize_tensor(v, scale).contiguous(), scale, torch.ones_like(scale))
+    return _attended(made, v.dtype).dequantized()
 
 
 def attend_qkv(img: QkvStream, txt: QkvStream | None, heads: int) -> Fp8Activation:
     """Attention over text and image tokens, [B, n_txt + n_img, H * D], from a block's products as they are."""
-    return _attended(*quantized_qkv(img, txt, heads), img.qkv.dtype)
+    return _attended(quantized_qkv(img, txt, heads), img.qkv.dtype)
 
 
-def quantized_qkv(img: QkvStream, txt: QkvStream | None, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v [B, n_txt + n_img, H, D] in E4M3, contiguous, and v's scale, fp32 [1]: q and k normalised and rotated."""
+def quantized_qkv(img: QkvStream, txt: QkvStream | None, heads: int) -> QuantizedQkv:
+    """Of n_txt + n_img tokens, text first: q and k normalised and rotated, v in units of what bounds it."""
     kernels = fused.attention_kernels(img.qkv)
     if kernels is not None:
         return kernels.quantized_qkv(img, txt, heads, fused.EPS)
-    parts = [_split(stream, heads) for stream in (txt, img) if stream is not None]
-    q, k, v = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-    scale = tensor_scale(v)
-    return _rounded(q), _rounded(k), quantize_tensor(v, scale), scale
+    streams = [stream for stream in (txt, img) if stream is not None]
+    q, k, v = (torch.cat(part, dim=1) for part in zip(*(_split(stream, heads) for stream in streams), strict=True))
+    scale, value_scale = tensor_scale(v), scale_of(torch.cat([_bound_of(stream) for stream in streams]).amax(0, True))
+    return QuantizedQkv(_rounded(q), _rounded(k), quantize_tensor(v, value_scale), scale, value_scale / scale)
+
+
+def _bound_of(stream: QkvStream) -> Tensor:
+    if stream.source is None:
+        raise ValueError("quantized_qkv needs to know what v is made of")
+    return stream.source.bound()
 
 
 def _split(stream: QkvStream, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,23 +150,23 @@ def _rounded(x: Tensor) -> Tensor:
     return x.float().clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, dtype: torch.dtype) -> Fp8Activation:
-    return Fp8Activation(_OPERATOR(q, k, v).flatten(2), scale, dtype)
+def _attended(made: QuantizedQkv, dtype: torch.dtype) -> Fp8Activation:
+    return Fp8Activation(_OPERATOR(made.q, made.k, made.v, made.factor).flatten(2), made.scale, dtype)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
     """The same in plain PyTorch: probabilities are rounded before the product and not before their sum."""
     q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
     rounded = (weights * FP8_MAX).to(FP8).float() / FP8_MAX
-    out = (rounded @ v) / weights.sum(-1, keepdim=True)
+    out = (rounded @ v) / weights.sum(-1, keepdim=True) * factor
     return _rounded(out).transpose(1, 2).contiguous()
 
 
-# attention(q, k, v): E4M3 [B, L, H, D] of E4M3 operands of that shape, in units of v's scale. An operator, because
-# Dynamo cannot trace cuDNN's front end.
+# attention(q, k, v, factor): E4M3 [B, L, H, D] of E4M3 operands of that shape, in units of v's scale / factor. An
+# operator, because Dynamo cannot trace cuDNN's front end.
 _OPERATOR = operators.define(
-    __name__, "attention(Tensor q, Tensor k, Tensor v) -> Tensor",
-    cudnn_attention.attend, reference, lambda q, k, v: torch.empty_like(v),
+    __name__, "attention(Tensor q, Tensor k, Tensor v, Tensor factor) -> Tensor",
+    cudnn_attention.attend, reference, lambda q, k, v, factor: torch.empty_like(v),
 )  # fmt: skip

@@ -16,10 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .fp8_attention import QkvStream, attend_fp8, attend_qkv
+from .fp8_attention import QkvStream, ValueSource, attend_fp8, attend_qkv
 from .fused import gated_norm, gelu_product, has_gelu_epilogue, joined_product, joint_product, norm_rope_qk
 from .linear import (
     Activation,
+    Fp8Weight,
     Weight,
     gated_norm_linear,
     gelu_linear,
@@ -108,8 +109,8 @@ def double_block(attention: AttentionFunction) -> Callable[..., tuple[Tensor, Te
             txt, txt_out = gated_norm_linear(txt_stream, txt_mod[0], txt_mod[1], txt_qkv, txt_bias)
         img_attn, txt_attn = _joint_attention(
             attention,
-            QkvStream(img_out, img_query, img_key, img_cos, img_sin),
-            QkvStream(txt_out, txt_query, txt_key, txt_cos, txt_sin),
+            QkvStream(img_out, img_query, img_key, img_cos, img_sin, _value_source(img_mod, img_qkv, img_bias)),
+            QkvStream(txt_out, txt_query, txt_key, txt_cos, txt_sin, _value_source(txt_mod, txt_qkv, txt_bias)),
             joint,
         )
         img_sum = _after_attention(img, img_attn, img_mod, *weights[8:14])
@@ -141,7 +142,8 @@ def single_block(
             weights = (linear1, linear1_bias, query_norm, key_norm, linear2, linear2_bias)
             return x, _cut_single_block(attention, beside, normed, cos, sin, *weights)
         x, wide = gated_norm_linear(stream, mod[0], mod[1], linear1, linear1_bias)
-        attn = _attention(attention, QkvStream(wide, query_norm, key_norm, cos, sin), x.shape[-1])
+        source = _value_source(mod, linear1, linear1_bias)
+        attn = _attention(attention, QkvStream(wide, query_norm, key_norm, cos, sin, source), x.shape[-1])
         return x, join_gelu_linear(attn, mlp_of(wide, x.shape[-1]), linear2, linear2_bias)
 
     return block
@@ -194,6 +196,16 @@ def _joint_attention(
         q, k = _normed_qk(img, txt)
         attn = attention(q, k, value_of(joint, q))
     return attn[:, n_txt:], attn[:, :n_txt]
+
+
+def _value_source(mod: Tensor, weight: Weight, bias: Tensor) -> ValueSource:
+    """Of the third of q, k and v, whose product begins with theirs."""
+    hidden = mod.shape[-1]
+    rows = slice(2 * hidden, 3 * hidden)
+    matrix, scale = (weight.weight, weight.scale) if isinstance(weight, Fp8Weight) else (weight, None)
+    if scale is not None and scale.numel() > 1:
+        scale = scale[rows]
+    return ValueSource(mod[0], mod[1], matrix[rows], scale, bias[rows])
 
 
 def _written_together(x: Tensor, attention: AttentionFunction, *weights: Weight) -> bool:

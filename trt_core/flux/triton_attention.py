@@ -1,8 +1,8 @@
 """Triton kernels that make E4M3 q, k and v of a block's fused products (`fp8_attention` holds the reference).
 
-Two launches: the first reads each token's q, k and v once, writes q and k normalised, rotated and rounded, and v's
-largest magnitude in that row; the second reduces those and quantizes v, which was read just before and is in the L2
-cache. Text and image tokens come from two products and are joined on the way, text first.
+Two launches: the first finds how large v can be, from its weight and the modulation; the second reads each token's q, k
+and v once and writes them rounded, q and k normalised and rotated, and finds v's largest magnitude on the way. Text and
+image tokens come from two products and are joined, text first.
 """
 # ruff: noqa: N803 - Triton writes compile-time constants in capitals.
 
@@ -13,13 +13,66 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fp8_attention import QkvStream
-from .triton_rows import amax_bits, scale_from_bits
+from .fp8_attention import BOUND_MARGIN, ROUNDED_BY, QkvStream, QuantizedQkv, ValueSource
+from .triton_rows import amax_bits, clamped, scale_from_bits
 
-_ROWS = 8
-"""Rows of v for one program: each reads all rows' magnitudes, 4 bytes per row, to find the largest."""
-_MAGNITUDES = 4096
-"""Magnitudes that are reduced at a time."""
+_ROWS = 32
+"""Rows of v's weight for one program. Every token's program reads what all of these found."""
+
+
+@triton.jit
+def _bound_kernel(
+    img_weight_ptr, img_scale_ptr, img_bias_ptr, img_shift_ptr, img_mod_ptr,
+    txt_weight_ptr, txt_scale_ptr, txt_bias_ptr, txt_shift_ptr, txt_mod_ptr,
+    bound_ptr, scale_ptr, factor_ptr, rows,
+    img_stride, txt_stride, img_shift_stride, img_mod_stride, txt_shift_stride, txt_mod_stride,
+    IMG_SCALES: tl.constexpr, TXT_SCALES: tl.constexpr, ROUNDED: tl.constexpr, MARGIN: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`ValueSource.bound` of ROWS rows of the weight, one picture and one stream: program (rows, picture, stream).
+
+    IMG_SCALES, TXT_SCALES: scales of the weight, 0, 1 or 2 for one per row. The first program also writes what the next
+    kernel's minimum and maximum start from.
+    """
+    batch = tl.program_id(1)
+    if tl.program_id(2) == 0:
+        largest = _bound_of_rows(
+            img_weight_ptr, img_scale_ptr, img_bias_ptr, img_shift_ptr + batch * img_shift_stride,
+            img_mod_ptr + batch * img_mod_stride, rows, img_stride, IMG_SCALES, ROUNDED, ROWS, WIDTH, BLOCK,
+        )  # fmt: skip
+    else:
+        largest = _bound_of_rows(
+            txt_weight_ptr, txt_scale_ptr, txt_bias_ptr, txt_shift_ptr + batch * txt_shift_stride,
+            txt_mod_ptr + batch * txt_mod_stride, rows, txt_stride, TXT_SCALES, ROUNDED, ROWS, WIDTH, BLOCK,
+        )  # fmt: skip
+    place = (tl.program_id(2) * tl.num_programs(1) + batch) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(bound_ptr + place, largest * MARGIN)
+    if place == 0:
+        tl.store(scale_ptr, 0)
+        tl.store(factor_ptr, 0x7F800000)  # infinity
+
+
+@triton.jit
+def _bound_of_rows(
+    weight_ptr, scale_ptr, bias_ptr, shift_ptr, mod_ptr, rows, stride,
+    SCALES: tl.constexpr, ROUNDED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    shift = tl.load(shift_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    gain = 1.0 + tl.load(mod_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    largest = tl.zeros((1,), dtype=tl.float32)
+    for index in range(ROWS):
+        row = tl.minimum(tl.program_id(0) * ROWS + index, rows - 1)
+        weight = tl.load(weight_ptr + row.to(tl.int64) * stride + column, mask=inside, other=0.0).to(tl.float32)
+        gained, moved = weight * gain, weight * shift
+        bound = tl.sqrt(tl.sum(gained * gained, axis=0) * WIDTH) * (1.0 + ROUNDED)
+        bound += tl.abs(tl.sum(moved, axis=0)) + ROUNDED * tl.sum(tl.abs(moved), axis=0)
+        if SCALES > 0:
+            bound *= tl.load(scale_ptr + (row if SCALES == 2 else 0))
+        bound += tl.abs(tl.load(bias_ptr + row).to(tl.float32))
+        largest = tl.maximum(largest, bound, propagate_nan=tl.PropagateNan.ALL)
+    return tl.max(largest, axis=0)
 
 
 @triton.jit
@@ -35,14 +88,16 @@ def _normed_rotated(row_ptr, scale_ptr, cos, sin, EPS: tl.constexpr, HEADS: tl.c
 
 
 @triton.jit
-def _queries_keys_kernel(
-    img_ptr, txt_ptr, query_ptr, key_ptr, magnitude_ptr,
+def _queries_keys_values_kernel(
+    img_ptr, txt_ptr, query_ptr, key_ptr, value_ptr, bound_ptr, scale_ptr, factor_ptr, bounds,
     img_query_norm_ptr, img_key_norm_ptr, txt_query_norm_ptr, txt_key_norm_ptr,
     img_cos_ptr, img_sin_ptr, txt_cos_ptr, txt_sin_ptr,
     n_txt, n_all, img_stride_b, img_stride_l, txt_stride_b, txt_stride_l,
     EPS: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, DIM: tl.constexpr, HIDDEN_BLOCK: tl.constexpr,
+    BOUNDS: tl.constexpr,
 ):  # fmt: skip
-    """One program is one token of all heads."""
+    """One program is one token of all heads. `scale_ptr` and `factor_ptr` point to the bits of positive fp32 numbers,
+    whose order is that of integers, with NaN above all."""
     pid = tl.program_id(0)
     batch, token = (pid // n_all).to(tl.int64), pid % n_all
     if token < n_txt:
@@ -66,59 +121,56 @@ def _queries_keys_kernel(
     tl.store(key_ptr + places, k.to(key_ptr.dtype.element_ty), mask=head < HEADS)
     column = tl.arange(0, HIDDEN_BLOCK)
     v = tl.load(row_ptr + 2 * HEADS * DIM + column, mask=column < HEADS * DIM, other=0.0).to(tl.float32)
-    tl.store(magnitude_ptr + pid, amax_bits(v))
+    bound = tl.load(bound_ptr + tl.arange(0, BOUNDS), mask=tl.arange(0, BOUNDS) < bounds, other=0.0)
+    own = scale_from_bits(amax_bits(bound))
+    values = clamped(v * (1.0 / own))
+    place = pid.to(tl.int64) * (HEADS * DIM) + column
+    tl.store(value_ptr + place, values.to(value_ptr.dtype.element_ty), mask=column < HEADS * DIM)
+    wanted = scale_from_bits(amax_bits(v))
+    tl.atomic_max(scale_ptr, wanted.to(tl.int32, bitcast=True), sem="relaxed")
+    tl.atomic_min(factor_ptr, tl.div_rn(own, wanted).to(tl.int32, bitcast=True), sem="relaxed")
 
 
-@triton.jit
-def _values_kernel(
-    img_ptr, txt_ptr, magnitude_ptr, out_ptr, scale_ptr, rows, n_txt, n_all,
-    img_stride_b, img_stride_l, txt_stride_b, txt_stride_l,
-    ROWS: tl.constexpr, MAGNITUDES: tl.constexpr, HIDDEN: tl.constexpr, HIDDEN_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program is ROWS tokens of v, divided by the scale of all of v."""
-    largest = tl.zeros((MAGNITUDES,), dtype=tl.int32)
-    for start in range(0, rows, MAGNITUDES):
-        index = start + tl.arange(0, MAGNITUDES)
-        largest = tl.maximum(largest, tl.load(magnitude_ptr + index, mask=index < rows, other=0))
-    scale = scale_from_bits(tl.max(largest, axis=0))
-    if tl.program_id(0) == 0:
-        tl.store(scale_ptr, scale)
-    factor = 1.0 / scale
-    column = tl.arange(0, HIDDEN_BLOCK)
-    for index in tl.static_range(ROWS):
-        row = tl.program_id(0) * ROWS + index
-        batch, token = (row // n_all).to(tl.int64), row % n_all
-        if token < n_txt:
-            row_ptr = txt_ptr + batch * txt_stride_b + token.to(tl.int64) * txt_stride_l
-        else:
-            row_ptr = img_ptr + batch * img_stride_b + (token - n_txt).to(tl.int64) * img_stride_l
-        inside = (column < HIDDEN) & (row < rows)
-        v = tl.load(row_ptr + 2 * HIDDEN + column, mask=inside, other=0.0).to(tl.float32) * factor
-        tl.store(out_ptr + row.to(tl.int64) * HIDDEN + column, v.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def quantized_qkv(
-    img: QkvStream, txt: QkvStream | None, heads: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v [B, n_txt + n_img, H, D] in E4M3, contiguous, and v's scale, fp32 [1]; text tokens first where there are
-    any."""
-    n_txt, txt = (0, img) if txt is None else (txt.qkv.shape[1], txt)
+def quantized_qkv(img: QkvStream, txt: QkvStream | None, heads: int, eps: float) -> QuantizedQkv:
+    """`fp8_attention.quantized_qkv` of streams whose `source` is known."""
+    n_txt, txt, streams = (0, img, 1) if txt is None else (txt.qkv.shape[1], txt, 2)
     batch, n_img, _ = img.qkv.shape
     dim, n_all = img.query_norm.shape[0], n_img + n_txt
-    rows = batch * n_all
     shape, device = (batch, n_all, heads, dim), img.qkv.device
     query, key, value = (torch.empty(shape, dtype=torch.float8_e4m3fn, device=device) for _ in range(3))
-    magnitudes = torch.empty((rows,), dtype=torch.int32, device=device)
-    scale = torch.empty((1,), dtype=torch.float32, device=device)
-    strides = (img.qkv.stride(0), img.qkv.stride(1), txt.qkv.stride(0), txt.qkv.stride(1))
-    block = triton.next_power_of_2(heads * dim)
-    _queries_keys_kernel[(rows,)](
-        img.qkv, txt.qkv, query, key, magnitudes, img.query_norm, img.key_norm, txt.query_norm, txt.key_norm,
-        img.cos, img.sin, txt.cos, txt.sin, n_txt, n_all, *strides,
-        EPS=eps, HEADS=heads, HEADS_BLOCK=triton.next_power_of_2(heads), DIM=dim, HIDDEN_BLOCK=block, num_warps=4,
+    bounds, scale, factor = _bounds(img.source, txt.source, batch, streams)
+    _queries_keys_values_kernel[(batch * n_all,)](
+        img.qkv, txt.qkv, query, key, value, bounds, scale, factor, bounds.shape[0],
+        img.query_norm, img.key_norm, txt.query_norm, txt.key_norm, img.cos, img.sin, txt.cos, txt.sin,
+        n_txt, n_all, img.qkv.stride(0), img.qkv.stride(1), txt.qkv.stride(0), txt.qkv.stride(1),
+        EPS=eps, HEADS=heads, HEADS_BLOCK=triton.next_power_of_2(heads), DIM=dim,
+        HIDDEN_BLOCK=triton.next_power_of_2(heads * dim), BOUNDS=triton.next_power_of_2(bounds.shape[0]), num_warps=4,
     )  # fmt: skip
-    _values_kernel[(triton.cdiv(rows, _ROWS),)](
-        img.qkv, txt.qkv, magnitudes, value, scale, rows, n_txt, n_all, *strides,
-        ROWS=_ROWS, MAGNITUDES=_MAGNITUDES, HIDDEN=heads * dim, HIDDEN_BLOCK=block, num_warps=4,
+    return QuantizedQkv(query, key, value, scale.view(torch.float32), factor.view(torch.float32))
+
+
+def _bounds(
+    img: ValueSource | None, txt: ValueSource | None, batch: int, streams: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 bounds, of which the largest counts, and the bits (int32 [1]) that v's scale and factor start from."""
+    if img is None or txt is None:
+        raise ValueError("quantized_qkv needs to know what v is made of")
+    device, (rows, width) = img.weight.device, img.weight.shape
+    programs = triton.cdiv(rows, _ROWS)
+    bounds = torch.empty((streams * batch * programs,), dtype=torch.float32, device=device)
+    scale, factor = (torch.empty((1,), dtype=torch.int32, device=device) for _ in range(2))
+    (*img_tensors, img_scales), (*txt_tensors, txt_scales) = _operands(img), _operands(txt)
+    _bound_kernel[(programs, batch, streams)](
+        *img_tensors, *txt_tensors, bounds, scale, factor, rows, img.weight.stride(0), txt.weight.stride(0),
+        img.shift.stride(0), img.scale.stride(0), txt.shift.stride(0), txt.scale.stride(0),
+        IMG_SCALES=img_scales, TXT_SCALES=txt_scales, ROUNDED=ROUNDED_BY, MARGIN=BOUND_MARGIN,
+        ROWS=_ROWS, WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
-    return query, key, value, scale
+    return bounds, scale, factor
+
+
+def _operands(source: ValueSource) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """weight, its scale (any tensor where there is none), bias, shift, scale, and how many scales there are."""
+    scale = source.weight_scale
+    scales = 0 if scale is None else 1 if scale.numel() == 1 else 2
+    return source.weight, source.bias if scale is None else scale, source.bias, source.shift, source.scale, scales
