@@ -51,7 +51,7 @@ _PATTERNS = (
     (r"rms_?norm", Kind.QK),  # PyTorch's own, in eager blocks: nothing else in FLUX has an RMS norm
     (r"layer_?norm|modulated_norm|_norm_kernel", Kind.NORM),
     (r"_gate_|_residual_", Kind.GATE),
-    (r"_quantize_|_values_kernel", Kind.QUANTIZE),
+    (r"_quantize_|_bound_kernel", Kind.QUANTIZE),
     (r"weight_only|row_sums|_modulations?_kernel|_(following|compare|choose|remember)_kernel", Kind.MODULATION),
     # One row per picture: modulations and embeddings alone. cuBLAS names its tiles: 8 or 16 columns are no 256 tokens.
     (r"gemv|gemmk1|dot_kernel", Kind.MODULATION),

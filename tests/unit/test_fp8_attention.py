@@ -105,7 +105,7 @@ def test_q_k_v_are_rounded_once_and_text_comes_first() -> None:
 @pytest.mark.parametrize("moved", [0.0, 1.0, 30.0])
 @pytest.mark.parametrize("kind", ["random", "one row", "one column", "one scale", "plain"])
 def test_v_stays_below_its_bound(kind: str, moved: float) -> None:
-    """For tokens in the worst direction as well, which reach it; for tokens in any other, not a hundredth is wasted."""
+    """For tokens in the worst direction as well, which reach it; for others, it is not a hundred times too large."""
     source = value_source(5, gain=0.03, moved=moved)
     if kind == "one row":
         source.weight_scale[7] *= 50
@@ -120,7 +120,7 @@ def test_v_stays_below_its_bound(kind: str, moved: float) -> None:
     worst = torch.stack([matrix * (1 + scale) for scale in source.scale])
     largest = max(float(values(source, x).abs().max()) for x in (worst, -worst))
     assert largest <= bound
-    assert largest > bound / 3, "the worst direction is far from it"
+    assert largest > bound / 4, "the worst direction is far from it"
     assert bound / 100 < float(values(source, normal(2, 256, WIDTH)).abs().max()) <= bound
 
 

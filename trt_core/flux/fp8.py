@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fused
+from . import fused, operators
 from .open_sum import OpenSum
 
 FP8 = torch.float8_e4m3fn
@@ -110,6 +110,9 @@ def scaled_linear(
     if not q.is_cuda:
         wide = F.linear(q.float() * q_scale, weight.float() * weight_scale, None if bias is None else bias.float())
         return wide.to(dtype)
+    if dtype is torch.bfloat16 and q.dim() == 3 and q.shape[0] > 1 and not q.is_contiguous():
+        scales = q_scale.expand(*q.shape[:-1], 1).contiguous()
+        return _PRODUCT_OF_PICTURES(q, scales, weight, weight_scale.expand(weight.shape[0], 1).contiguous(), bias)
     product = _row_scaled_product if dtype is torch.bfloat16 else _wide_product
     out = product(q.flatten(0, -2), q_scale.reshape(-1, 1), weight, weight_scale.reshape(1, -1), bias, dtype)
     return out.view((*q.shape[:-1], weight.shape[0]))
@@ -176,3 +179,34 @@ def _wide_product(
     wide = torch._scaled_mm(q, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=True)
     wide = wide * q_scale * weight_scale
     return (wide if bias is None else wide + bias).to(dtype)
+
+
+def _product_of_pictures(
+    q: Tensor, q_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    out = _empty_product_of_pictures(q, q_scale, weight, weight_scale, bias)
+    for rows, scale, part in zip(q, q_scale, out, strict=True):
+        torch._scaled_mm(
+            rows, weight.t(), scale_a=scale, scale_b=weight_scale.t(), bias=bias, out_dtype=torch.bfloat16,
+            use_fast_accum=True, out=part,
+        )  # fmt: skip
+    return out
+
+
+def _empty_product_of_pictures(
+    q: Tensor, q_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    return q.new_empty((*q.shape[:-1], weight.shape[0]), dtype=torch.bfloat16)
+
+
+def _product_in_fp32(q: Tensor, q_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    wide = F.linear(q.float() * q_scale, weight.float() * weight_scale, None if bias is None else bias.float())
+    return wide.to(torch.bfloat16)
+
+
+# For the image's tokens, or the text's, of several pictures: as one product they would be copied to lie together first.
+_PRODUCT_OF_PICTURES = operators.define(
+    __name__,
+    "product_of_pictures(Tensor q, Tensor q_scale, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
+    _product_of_pictures, _product_in_fp32, _empty_product_of_pictures,
+)  # fmt: skip

@@ -13,6 +13,7 @@ What rounding does to a logit grows with the norms' weights, and sharp softmaxes
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -36,9 +37,10 @@ class ValueSource(NamedTuple):
     shift and scale [B, K]; weight [H * D, K], E4M3 with weight_scale (fp32, [H * D, 1] or one element), or of another
     dtype with None; bias [H * D].
 
-    A layer norm's row has a length of sqrt(K) at most, so by Cauchy and Schwarz |v_j| <= sqrt(K) * |W_j * (1 + scale)|
-    + |W_j . shift| + |bias_j|. Where the norm is rounded to E4M3, each element is off by a sixteenth of itself at most.
-    With rows in random directions the largest of v is about a twelfth of that.
+    A layer norm's row n has a length of sqrt(K) at most, and (n_k * g_k + s_k)^2 <= (n_k^2 + 1) * (g_k^2 + s_k^2), so
+    by Cauchy and Schwarz |v_j| <= sqrt(2 K) * |W_j * sqrt(g^2 + s^2)| + |bias_j| for g = 1 + scale, s = shift. Where
+    the norm is rounded to E4M3, each element is off by a sixteenth of itself at most. Of several pictures the largest
+    g_k^2 + s_k^2 counts. With rows in random directions the largest of v is about a seventeenth of that.
     """
 
     shift: Tensor
@@ -49,13 +51,17 @@ class ValueSource(NamedTuple):
 
     def bound(self) -> Tensor:
         """fp32 [1], at least the largest |v|."""
-        weight, shift = self.weight.float(), self.shift.float()
+        weight = self.weight.float()
         if self.weight_scale is not None:
             weight = weight * self.weight_scale
-        width = weight.shape[-1]
-        gain = ((1 + self.scale.float()).square() @ weight.square().T * width).sqrt()
-        moved = (shift @ weight.T).abs() + ROUNDED_BY * (shift.abs() @ weight.abs().T)
-        return (gain * (1 + ROUNDED_BY) + moved + self.bias.float().abs()).amax().reshape(1) * BOUND_MARGIN
+        reach = ((1 + self.scale.float()).square() + self.shift.float().square()).amax(0)
+        length = (weight.square() @ reach).sqrt() * input_length(weight.shape[-1])
+        return (length + self.bias.float().abs()).amax().reshape(1) * BOUND_MARGIN
+
+
+def input_length(width: int) -> float:
+    """How long a modulated norm of `width` elements can be, in units of its modulation, rounded to E4M3."""
+    return math.sqrt(2 * width) * (1 + ROUNDED_BY)
 
 
 class QkvStream(NamedTuple):

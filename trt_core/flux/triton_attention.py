@@ -13,40 +13,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fp8_attention import BOUND_MARGIN, ROUNDED_BY, QkvStream, QuantizedQkv, ValueSource
+from .fp8_attention import BOUND_MARGIN, QkvStream, QuantizedQkv, ValueSource, input_length
 from .triton_rows import amax_bits, clamped, scale_from_bits
 
-_ROWS = 32
-"""Rows of v's weight for one program. Every token's program reads what all of these found."""
+_ROWS, _COLUMNS = 8, 512
+"""Of v's weight: what one program bounds, and how much of those rows it holds at a time, each row in one warp."""
 
 
 @triton.jit
 def _bound_kernel(
     img_weight_ptr, img_scale_ptr, img_bias_ptr, img_shift_ptr, img_mod_ptr,
     txt_weight_ptr, txt_scale_ptr, txt_bias_ptr, txt_shift_ptr, txt_mod_ptr,
-    bound_ptr, scale_ptr, factor_ptr, rows,
+    bound_ptr, scale_ptr, factor_ptr, rows, pictures,
     img_stride, txt_stride, img_shift_stride, img_mod_stride, txt_shift_stride, txt_mod_stride,
-    IMG_SCALES: tl.constexpr, TXT_SCALES: tl.constexpr, ROUNDED: tl.constexpr, MARGIN: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    IMG_SCALES: tl.constexpr, TXT_SCALES: tl.constexpr, LENGTH: tl.constexpr, MARGIN: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`ValueSource.bound` of ROWS rows of the weight, one picture and one stream: program (rows, picture, stream).
+    """`ValueSource.bound` of ROWS rows of one stream's weight: program (rows, stream).
 
     IMG_SCALES, TXT_SCALES: scales of the weight, 0, 1 or 2 for one per row. The first program also writes what the next
     kernel's minimum and maximum start from.
     """
-    batch = tl.program_id(1)
-    if tl.program_id(2) == 0:
-        largest = _bound_of_rows(
-            img_weight_ptr, img_scale_ptr, img_bias_ptr, img_shift_ptr + batch * img_shift_stride,
-            img_mod_ptr + batch * img_mod_stride, rows, img_stride, IMG_SCALES, ROUNDED, ROWS, WIDTH, BLOCK,
+    if tl.program_id(1) == 0:
+        bound = _bound_of_rows(
+            img_weight_ptr, img_scale_ptr, img_bias_ptr, img_shift_ptr, img_mod_ptr, rows, pictures,
+            img_stride, img_shift_stride, img_mod_stride, IMG_SCALES, LENGTH, ROWS, WIDTH, COLUMNS,
         )  # fmt: skip
     else:
-        largest = _bound_of_rows(
-            txt_weight_ptr, txt_scale_ptr, txt_bias_ptr, txt_shift_ptr + batch * txt_shift_stride,
-            txt_mod_ptr + batch * txt_mod_stride, rows, txt_stride, TXT_SCALES, ROUNDED, ROWS, WIDTH, BLOCK,
+        bound = _bound_of_rows(
+            txt_weight_ptr, txt_scale_ptr, txt_bias_ptr, txt_shift_ptr, txt_mod_ptr, rows, pictures,
+            txt_stride, txt_shift_stride, txt_mod_stride, TXT_SCALES, LENGTH, ROWS, WIDTH, COLUMNS,
         )  # fmt: skip
-    place = (tl.program_id(2) * tl.num_programs(1) + batch) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(bound_ptr + place, largest * MARGIN)
+    place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(bound_ptr + place, amax_bits(bound * MARGIN).to(tl.float32, bitcast=True))
     if place == 0:
         tl.store(scale_ptr, 0)
         tl.store(factor_ptr, 0x7F800000)  # infinity
@@ -54,25 +53,29 @@ def _bound_kernel(
 
 @triton.jit
 def _bound_of_rows(
-    weight_ptr, scale_ptr, bias_ptr, shift_ptr, mod_ptr, rows, stride,
-    SCALES: tl.constexpr, ROUNDED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    weight_ptr, scale_ptr, bias_ptr, shift_ptr, mod_ptr, rows, pictures, stride, shift_stride, mod_stride,
+    SCALES: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    shift = tl.load(shift_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    gain = 1.0 + tl.load(mod_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.zeros((1,), dtype=tl.float32)
-    for index in range(ROWS):
-        row = tl.minimum(tl.program_id(0) * ROWS + index, rows - 1)
-        weight = tl.load(weight_ptr + row.to(tl.int64) * stride + column, mask=inside, other=0.0).to(tl.float32)
-        gained, moved = weight * gain, weight * shift
-        bound = tl.sqrt(tl.sum(gained * gained, axis=0) * WIDTH) * (1.0 + ROUNDED)
-        bound += tl.abs(tl.sum(moved, axis=0)) + ROUNDED * tl.sum(tl.abs(moved), axis=0)
-        if SCALES > 0:
-            bound *= tl.load(scale_ptr + (row if SCALES == 2 else 0))
-        bound += tl.abs(tl.load(bias_ptr + row).to(tl.float32))
-        largest = tl.maximum(largest, bound, propagate_nan=tl.PropagateNan.ALL)
-    return tl.max(largest, axis=0)
+    row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), rows - 1)
+    row_ptr = weight_ptr + row.to(tl.int64)[:, None] * stride
+    # Sums stay apart until the last column: a reduction for each part would cost more than the reading.
+    squares = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in tl.static_range(0, WIDTH, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = column < WIDTH
+        weight = tl.load(row_ptr + column[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+        reach = tl.zeros((COLUMNS,), dtype=tl.float32)
+        for picture in range(pictures):
+            shift = tl.load(shift_ptr + picture * shift_stride + column, mask=inside, other=0.0).to(tl.float32)
+            gain = 1.0 + tl.load(mod_ptr + picture * mod_stride + column, mask=inside, other=0.0).to(tl.float32)
+            reach = tl.maximum(reach, gain * gain + shift * shift, propagate_nan=tl.PropagateNan.ALL)
+        squares += weight * weight * reach[None, :]
+    bound = tl.sqrt(tl.sum(squares, axis=1)) * LENGTH
+    if SCALES == 2:
+        bound *= tl.load(scale_ptr + row)
+    elif SCALES == 1:
+        bound *= tl.load(scale_ptr)
+    return bound + tl.abs(tl.load(bias_ptr + row).to(tl.float32))
 
 
 @triton.jit
@@ -157,14 +160,14 @@ def _bounds(
         raise ValueError("quantized_qkv needs to know what v is made of")
     device, (rows, width) = img.weight.device, img.weight.shape
     programs = triton.cdiv(rows, _ROWS)
-    bounds = torch.empty((streams * batch * programs,), dtype=torch.float32, device=device)
+    bounds = torch.empty((streams * programs,), dtype=torch.float32, device=device)
     scale, factor = (torch.empty((1,), dtype=torch.int32, device=device) for _ in range(2))
     (*img_tensors, img_scales), (*txt_tensors, txt_scales) = _operands(img), _operands(txt)
-    _bound_kernel[(programs, batch, streams)](
-        *img_tensors, *txt_tensors, bounds, scale, factor, rows, img.weight.stride(0), txt.weight.stride(0),
+    _bound_kernel[(programs, streams)](
+        *img_tensors, *txt_tensors, bounds, scale, factor, rows, batch, img.weight.stride(0), txt.weight.stride(0),
         img.shift.stride(0), img.scale.stride(0), txt.shift.stride(0), txt.scale.stride(0),
-        IMG_SCALES=img_scales, TXT_SCALES=txt_scales, ROUNDED=ROUNDED_BY, MARGIN=BOUND_MARGIN,
-        ROWS=_ROWS, WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=8,
+        IMG_SCALES=img_scales, TXT_SCALES=txt_scales, LENGTH=input_length(width),
+        MARGIN=BOUND_MARGIN, ROWS=_ROWS, WIDTH=width, COLUMNS=_COLUMNS, num_warps=4,
     )  # fmt: skip
     return bounds, scale, factor
 
