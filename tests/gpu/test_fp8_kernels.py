@@ -196,6 +196,22 @@ class TestOnTheGpu:
         # Hopper's fast accumulation keeps about 14 bits of the sum.
         assert relative_l2(seen.cpu(), expected) < torch.finfo(dtype).eps + 1e-3
 
+    @pytest.mark.parametrize("rows_scaled", [True, False])
+    def test_pictures_that_lie_apart_are_not_copied(self, rows_scaled: bool) -> None:
+        x = normal(3, 40, 256)
+        q, q_scale = fp8.quantize(x, None if rows_scaled else fp8.tensor_scale(x))
+        part, part_scale = q[:, 7:], q_scale[:, 7:].contiguous() if rows_scaled else q_scale
+        weight, bias = fp8.merge_quantize(normal(512, 256, seed=1), None, 1.0), normal(512, dtype=torch.bfloat16)
+
+        def product(q: Tensor, q_scale: Tensor) -> Tensor:
+            return fp8.scaled_linear(q, q_scale, *weight, bias, torch.bfloat16)
+
+        seen = torch.compile(product, fullgraph=True, dynamic=True)(part, part_scale)
+        assert torch.equal(seen, product(part, part_scale))
+        assert relative_l2(seen, product(part.contiguous(), part_scale)) < 1e-3
+        if rows_scaled:  # else the one scale is copied to as many as there are rows
+            assert "copy" not in kernel_names(lambda: product(part, part_scale)).lower()
+
     @pytest.mark.parametrize("per_row", [True, False])
     def test_merge_on_the_gpu_equals_the_cpu(self, per_row: bool) -> None:
         base, delta = normal(65, 3072, dtype=torch.bfloat16), normal(65, 3072, seed=1)

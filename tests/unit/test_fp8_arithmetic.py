@@ -167,6 +167,20 @@ def test_scaled_linear(dtype: torch.dtype, per_row: bool, with_bias: bool) -> No
     assert ratio(seen, expected) < torch.finfo(dtype).eps * 0.5 + 5e-7
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_pictures_that_lie_apart(with_bias: bool) -> None:
+    """The operator that a GPU takes for them, on the CPU: its sizes without computing, and the same numbers."""
+    q, q_scale = fp8.quantize_rows(normal(2, 12, 32))
+    weight, weight_scale = fp8.quantize_rows(normal(16, 32, seed=1))
+    bias = normal(16, seed=2).bfloat16() if with_bias else None
+    part, part_scale = q[:, 5:], q_scale[:, 5:].contiguous()
+    seen = fp8._PRODUCT_OF_PICTURES(part, part_scale, weight, weight_scale, bias)
+    assert torch.equal(seen, fp8.scaled_linear(part, part_scale, weight, weight_scale, bias, torch.bfloat16))
+    there = [None if x is None else x.to("meta") for x in (part, part_scale, weight, weight_scale, bias)]
+    shaped = fp8._PRODUCT_OF_PICTURES(*there)
+    assert (shaped.shape, shaped.dtype, shaped.stride()) == (seen.shape, seen.dtype, seen.stride())
+
+
 def test_quantized_product_keeps_the_signal() -> None:
     """E4M3 on both sides costs 3.75 % of a product of normal numbers; a wrong scale or order would cost more."""
     x, weight = normal(64, 512, seed=5), normal(128, 512, seed=6)

@@ -110,7 +110,7 @@ def scaled_linear(
     if not q.is_cuda:
         wide = F.linear(q.float() * q_scale, weight.float() * weight_scale, None if bias is None else bias.float())
         return wide.to(dtype)
-    if dtype is torch.bfloat16 and q.dim() == 3 and q.shape[0] > 1 and not q.is_contiguous():
+    if dtype is torch.bfloat16 and q.dim() == 3 and not q.is_contiguous() and q[0].is_contiguous():
         scales = q_scale.expand(*q.shape[:-1], 1).contiguous()
         return _PRODUCT_OF_PICTURES(q, scales, weight, weight_scale.expand(weight.shape[0], 1).contiguous(), bias)
     product = _row_scaled_product if dtype is torch.bfloat16 else _wide_product
@@ -204,7 +204,8 @@ def _product_in_fp32(q: Tensor, q_scale: Tensor, weight: Tensor, weight_scale: T
     return wide.to(torch.bfloat16)
 
 
-# For the image's tokens, or the text's, of several pictures: as one product they would be copied to lie together first.
+# For the image's tokens of several pictures, which lie apart in attention's result: one product needs a copy of them
+# first. H100, 4096 tokens of two pictures, K and N 3072: 129 us; with PyTorch's copy 188, lying together 120.
 _PRODUCT_OF_PICTURES = operators.define(
     __name__,
     "product_of_pictures(Tensor q, Tensor q_scale, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
