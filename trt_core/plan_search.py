@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +10,7 @@ import torch
 
 from .attention_ranking import rank_attention
 from .backends.base import CompiledSegment
-from .backends.compiler import SegmentCompiler, tensorrt_runtime
-from .backends.inductor import COMPILE_THREADS
+from .backends.compiler import SegmentCompiler
 from .background import Stopwatch
 from .candidates import first_segments, halves, second_halves, why_not
 from .config import Attention, Backend, CompileConfig, Layout
@@ -174,10 +172,7 @@ class PlanSearch:
         missing = self.trials.not_cached(engines)
         postponed = self._postponed(missing, backends)
         building = [name for name in missing if name not in postponed]
-        # No processes for Inductor beside the builders: it is done before them anyway.
-        self.compiler.compile_threads = 1 if building else COMPILE_THREADS
-        self._build(building, self._processes(), lambda: self._beside_builders(others, building))
-        self.compiler.compile_threads = COMPILE_THREADS
+        self._build(building, self._processes(), lambda: self._beside_builders(others))
         self.trials.measure([*others, *jobs.get(Backend.TENSORRT, [])])
         return postponed
 
@@ -191,19 +186,15 @@ class PlanSearch:
         return [name for name in missing if name in second_halves()]
 
     def _build(self, names: Sequence[SegmentName], processes: int, meanwhile: Callable[[], None]) -> None:
-        """TensorRT's engines, loaded when the builders have ended."""
+        """TensorRT's engines, loaded when the builders have ended, as is TensorRT itself: both would be in memory."""
         for name, plan in build_plans(self.compiler, names, processes, meanwhile).items():
             self.trials.take(name, plan)
 
-    def _beside_builders(self, jobs: list[Job], building: list[SegmentName]) -> None:
+    def _beside_builders(self, jobs: list[Job]) -> None:
         self.trials.attention, ranked = rank_attention(self.compiler, self.config.attention)
         self.compiler.wide, products = rank_products(self.compiler)
         self.trials.measurements += [*ranked, *products]
         self.trials.compile(jobs)
-        if building:
-            # It takes a second, which the builders leave. An installation that does not load fails in them, too.
-            with contextlib.suppress(MissingDependency):
-                tensorrt_runtime()
 
     def _processes(self) -> int:
         return 1 if self.config.backend is Backend.AUTO else _BUILDER_PROCESSES

@@ -25,7 +25,7 @@ from . import tensorrt_api
 from .base import CompiledSegment, Request
 from .check import check
 from .eager import EagerSegment
-from .inductor import COMPILE_THREADS, InductorSegment
+from .inductor import InductorSegment
 from .products import products_milliseconds
 from .tensorrt import Scratch, TensorRTSegment
 from .tensorrt_worker import describe
@@ -56,8 +56,6 @@ class SegmentCompiler:
     """Of each kind of block; one that is missing is the model's dtype."""
     samples: Mapping[BlockKind, tuple[Sequence[Tensor], Sequence[Tensor]]] = field(default_factory=dict)
     """Weights of one block of each kind, before and after attention, to measure with; else random ones are made."""
-    compile_threads: int = COMPILE_THREADS
-    """How many kernels Inductor compiles at a time."""
     wide: frozenset[BlockKind] = frozenset()
     """Kinds of blocks whose FP8 products Inductor and eager PyTorch do in the model's dtype."""
     scratch: Scratch = field(init=False)
@@ -109,7 +107,7 @@ class SegmentCompiler:
         return compiled
 
     def _uncompiled(self, request: Request, backend: Backend) -> EagerSegment | InductorSegment:
-        return EagerSegment(request) if backend is Backend.EAGER else InductorSegment(request, self.compile_threads)
+        return EagerSegment(request) if backend is Backend.EAGER else InductorSegment(request)
 
     def products_milliseconds(self, name: SegmentName) -> float:
         """What the segment's matrix products alone take at the profile's optimum; 0 where that is not known.

@@ -19,11 +19,10 @@ from ..flux.catalogue import Axis, Segment
 from ..flux.fused import load_kernels
 from .base import Request
 
-COMPILE_THREADS = 4
-"""Inductor's own number is one process per core; a block has about ten kernels, and each process costs host memory.
-
-1 starts no process at all: 0.7 GB less for four. Triton then compiles in this one, 0.2 to 0.4 s a kernel and 55 MB in
-all (measured: ten kernels for compute capability 9.0, on one core of an EPYC)."""
+_COMPILE_THREADS = 1
+"""Kernels are compiled in this process. Inductor's own number is one process per core, each with PyTorch and Triton in
+memory: five held 0.78 GB beside FLUX.1-dev in FP8 (H100). A block has about ten kernels, each of 0.2 to 0.4 s and 55 MB
+in all (measured: compute capability 9.0, on one core of an EPYC)."""
 
 _COPIES = itertools.count()
 
@@ -46,7 +45,7 @@ class InductorSegment:
     backend = Backend.INDUCTOR
     plan_bytes = 0
 
-    def __init__(self, request: Request, compile_threads: int = COMPILE_THREADS) -> None:
+    def __init__(self, request: Request) -> None:
         self._segment = request.segment
         self._dynamic = _dynamic_axes(request.segment)
         self._seen: set[tuple[int, ...]] = set()
@@ -54,7 +53,7 @@ class InductorSegment:
         # Now and not at the first call, which is in a thread that a cancel stops: half an import cannot be repeated.
         importlib.import_module("torch._inductor.compile_fx")
         function = _private_copy(request.segment.function, request.segment.name.value)
-        self._compiled = torch.compile(function, fullgraph=True, options={"compile_threads": compile_threads})
+        self._compiled = torch.compile(function, fullgraph=True, options={"compile_threads": _COMPILE_THREADS})
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         shape = tuple(tensors[0].shape)
