@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trt_core.backends.check import relative_l2
-from trt_core.flux import fp8, fused, storage
+from trt_core.flux import cublaslt, fp8, fused, storage
 from trt_core.flux.open_sum import OpenSum
 
 pytest.importorskip("triton")
@@ -197,10 +198,12 @@ class TestOnTheGpu:
         assert relative_l2(seen.cpu(), expected) < torch.finfo(dtype).eps + 1e-3
 
     @pytest.mark.parametrize("rows_scaled", [True, False])
-    def test_pictures_that_lie_apart_are_not_copied(self, rows_scaled: bool) -> None:
-        x = normal(3, 40, 256)
+    @pytest.mark.parametrize("tokens", [33, 40])
+    def test_pictures_that_lie_apart_are_not_copied(self, rows_scaled: bool, tokens: int) -> None:
+        """Of 33 tokens, the second picture's scales lie where cuBLASLt takes none."""
+        x = normal(3, tokens + 8, 256)
         q, q_scale = fp8.quantize(x, None if rows_scaled else fp8.tensor_scale(x))
-        part, part_scale = q[:, 7:], q_scale[:, 7:].contiguous() if rows_scaled else q_scale
+        part, part_scale = q[:, 8:], q_scale[:, 8:].contiguous() if rows_scaled else q_scale
         weight, bias = fp8.merge_quantize(normal(512, 256, seed=1), None, 1.0), normal(512, dtype=torch.bfloat16)
 
         def product(q: Tensor, q_scale: Tensor) -> Tensor:
@@ -209,8 +212,42 @@ class TestOnTheGpu:
         seen = torch.compile(product, fullgraph=True, dynamic=True)(part, part_scale)
         assert torch.equal(seen, product(part, part_scale))
         assert relative_l2(seen, product(part.contiguous(), part_scale)) < 1e-3
-        if rows_scaled:  # else the one scale is copied to as many as there are rows
+        if rows_scaled and tokens == 40:  # else scales are copied
             assert "copy" not in kernel_names(lambda: product(part, part_scale)).lower()
+
+    @pytest.mark.parametrize("with_bias", [True, False])
+    @pytest.mark.parametrize(
+        ("rows", "columns", "width"), [(4608, 3072, 3072), (9216, 512, 256), (20000, 48, 160), (77, 512, 256)]
+    )
+    def test_product_without_a_workspace_has_pytorchs_bits(
+        self, monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, width: int, with_bias: bool
+    ) -> None:
+        reason = cublaslt.why_not(0)
+        if torch.cuda.get_device_capability() == (9, 0):
+            assert reason is None
+        elif reason:
+            pytest.skip(reason)
+        (q, q_scale), weight = fp8.quantize_rows(normal(rows, width)), fp8.quantize_rows(normal(columns, width, seed=1))
+        bias = normal(columns, dtype=torch.bfloat16, seed=2) if with_bias else None
+        seen = fp8.scaled_linear(q, q_scale, *weight, bias, torch.bfloat16)
+        assert (
+            "memset" not in kernel_names(lambda: fp8.scaled_linear(q, q_scale, *weight, bias, torch.bfloat16)).lower()
+        )
+        monkeypatch.setattr(cublaslt, "why_not", lambda index: "as if it were another GPU")
+        assert torch.equal(seen, fp8.scaled_linear(q, q_scale, *weight, bias, torch.bfloat16))
+
+    def test_products_of_two_threads_do_not_mix(self) -> None:
+        """A description of a product holds the addresses of the call that is being made."""
+        weight = fp8.quantize_rows(normal(512, 256, seed=1))
+        inputs = [fp8.quantize_rows(normal(64, 256, seed=seed) * 10.0**seed) for seed in range(4)]
+        expected = [fp8.scaled_linear(*x, *weight, None, torch.bfloat16) for x in inputs]
+
+        def many(index: int) -> bool:
+            outs = [fp8.scaled_linear(*inputs[index], *weight, None, torch.bfloat16) for _ in range(200)]
+            return all(torch.equal(out, expected[index]) for out in outs)
+
+        with ThreadPoolExecutor() as pool:
+            assert all(pool.map(many, range(4)))
 
     @pytest.mark.parametrize("per_row", [True, False])
     def test_merge_on_the_gpu_equals_the_cpu(self, per_row: bool) -> None:

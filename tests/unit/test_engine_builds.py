@@ -19,6 +19,7 @@ from trt_core.backends.compiler import SegmentCompiler
 from trt_core.backends.tensorrt_builders import Builders
 from trt_core.engine_builds import build_plans
 from trt_core.errors import BuildCancelled, BuildFailed
+from trt_core.flux import fp8
 from trt_core.flux.catalogue import SPLIT_SEGMENTS, BlockKind, SegmentName
 from trt_core.flux.fp8 import FP8
 from trt_core.host import Silent
@@ -137,16 +138,19 @@ def test_products_take_less_than_their_segment_and_nothing_where_there_are_none(
 def test_products_of_fp8_layers_are_seen_and_none_are_known_where_weights_are_widened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By PyTorch's operator for FP8, which `fp8.scaled_linear` calls on a GPU and which runs on the CPU, too."""
+    """By the operator that `fp8.scaled_linear` calls on a GPU for bf16, and by PyTorch's, which it calls for others."""
     q, weight, scale = torch.ones(16, 32).to(FP8), torch.ones(48, 32).to(FP8), torch.ones(1)
-    asked = replace(
-        compiler(tmp_path).request(OUT),
-        reference=lambda: torch._scaled_mm(q, weight.t(), scale_a=scale, scale_b=scale, out_dtype=torch.float32),
-    )
+
+    def both() -> tuple[torch.Tensor, ...]:
+        plain = torch._scaled_mm(q, weight.t(), scale_a=scale, scale_b=scale, out_dtype=torch.float32)
+        return plain, fp8.PRODUCT(q, scale.expand(16, 1), weight, scale.expand(48, 1), None)
+
+    asked = replace(compiler(tmp_path).request(OUT), reference=both)
     results: list[torch.Tensor] = []
     monkeypatch.setattr(products, "median_milliseconds", lambda run, device: results.extend(run()) or 3.0)
     assert products.products_milliseconds(asked, []) == 3.0
-    assert torch.equal(results[0], torch.full((16, 48), 32.0))
+    assert [result.dtype for result in results] == [torch.float32, torch.bfloat16]
+    assert all(torch.equal(result.float(), torch.full((16, 48), 32.0)) for result in results)
     widened = compiler(tmp_path)
     widened.wide = frozenset({BlockKind.DOUBLE})
     assert widened.products_milliseconds(OUT) == 0.0

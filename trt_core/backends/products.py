@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..flux import fp8
 from ..measure import median_milliseconds
 from .base import Request
 
@@ -37,6 +38,6 @@ class _NotedProducts(TorchFunctionMode):
         if function is F.linear:
             x, weight = args[:2]
             self.calls.append(partial(torch.mm, x.reshape(-1, x.shape[-1]), weight.t()))
-        elif function is torch._scaled_mm:
+        elif function in (torch._scaled_mm, fp8.PRODUCT):
             self.calls.append(partial(function, *args, **(kwargs or {})))
         return function(*args, **(kwargs or {}))
