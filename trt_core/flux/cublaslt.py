@@ -28,6 +28,7 @@ _SINCE = 120900
 _KEPT_SHAPES = 512
 _LOCK = threading.Lock()
 """A description holds the addresses of one call."""
+_THREAD = threading.local()
 
 # Numbers of cublasLt.h and library_types.h.
 _E4M3, _BF16, _FP32, _COMPUTE_FP32 = 28, 14, 0, 68
@@ -80,6 +81,7 @@ def multiply(
         return False
     library, one, zero = _library(), c_float(1.0), c_float(0.0)
     with torch.cuda.device(q.device), _LOCK:
+        _enter_context(q.device)
         for attribute, tensor in ((_A_SCALE, weight_scale), (_B_SCALE, q_scale), (_BIAS, bias)):
             if tensor is not None:
                 _set(product.description, attribute, c_void_p(tensor.data_ptr()))
@@ -90,6 +92,14 @@ def multiply(
             c_void_p(torch.cuda.current_stream().cuda_stream),
         ))  # fmt: skip
     return True
+
+
+def _enter_context(device: torch.device) -> None:
+    """CUDA's context belongs to a thread, which gets it with the first launch of PyTorch's: cuBLASLt makes none."""
+    known = vars(_THREAD).setdefault("devices", set())
+    if device.index not in known:
+        torch.zeros(1, device=device)
+        known.add(device.index)
 
 
 @lru_cache(maxsize=_KEPT_SHAPES)
