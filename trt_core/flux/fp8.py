@@ -11,7 +11,7 @@ fp32 division, which the kernels do as a multiplication by 1 / scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -189,7 +189,7 @@ def _product(q: Tensor, q_scale: Tensor, weight: Tensor, weight_scale: Tensor, b
     return out
 
 
-def _parts(q: Tensor, q_scale: Tensor, out: Tensor, at_once: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _parts(q: Tensor, q_scale: Tensor, out: Tensor, at_once: int | None) -> Iterator[Sequence[Tensor]]:
     """Rows that lie together, their scales and their place in the result, at most `at_once`.
 
     The image's tokens of several pictures lie apart in attention's result: multiplied together, they would be copied
@@ -200,7 +200,7 @@ def _parts(q: Tensor, q_scale: Tensor, out: Tensor, at_once: int | None) -> Iter
     for picture in pictures:
         flat = [x.flatten(0, -2) for x in picture]
         number = 1 if at_once is None else -(-flat[0].shape[0] // at_once)
-        yield from zip(*(x.tensor_split(number) for x in flat), strict=True)
+        yield from [flat] if number == 1 else zip(*(x.tensor_split(number) for x in flat), strict=True)
 
 
 def _empty_product(q: Tensor, q_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
