@@ -229,14 +229,16 @@ class TestOnTheGpu:
             pytest.skip(reason)
         (q, q_scale), weight = fp8.quantize_rows(normal(rows, width)), fp8.quantize_rows(normal(columns, width, seed=1))
         bias = normal(columns, dtype=torch.bfloat16, seed=2) if with_bias else None
-        seen = fp8.scaled_linear(q, q_scale, *weight, bias, torch.bfloat16)
-        assert (
-            "memset" not in kernel_names(lambda: fp8.scaled_linear(q, q_scale, *weight, bias, torch.bfloat16)).lower()
-        )
-        monkeypatch.setattr(cublaslt, "why_not", lambda index: "as if it were another GPU")
-        assert torch.equal(seen, fp8.scaled_linear(q, q_scale, *weight, bias, torch.bfloat16))
 
-    def test_products_of_two_threads_do_not_mix(self) -> None:
+        def product() -> Tensor:
+            return fp8.scaled_linear(q, q_scale, *weight, bias, torch.bfloat16)
+
+        seen = product()
+        assert "memset" not in kernel_names(product).lower()
+        monkeypatch.setattr(cublaslt, "why_not", lambda index: "as if it were another GPU")
+        assert torch.equal(seen, product())
+
+    def test_products_of_several_threads_do_not_mix(self) -> None:
         """A description of a product holds the addresses of the call that is being made."""
         weight = fp8.quantize_rows(normal(512, 256, seed=1))
         inputs = [fp8.quantize_rows(normal(64, 256, seed=seed) * 10.0**seed) for seed in range(4)]

@@ -120,7 +120,7 @@ def test_v_stays_below_its_bound(kind: str, moved: float) -> None:
     worst = torch.stack([matrix * (1 + scale) for scale in source.scale])
     largest = max(float(values(source, x).abs().max()) for x in (worst, -worst))
     assert largest <= bound
-    assert largest > bound / 4, "the worst direction is far from it"
+    assert largest > bound / 3, "the worst direction is far from it"
     assert bound / 100 < float(values(source, normal(2, 256, WIDTH)).abs().max()) <= bound
 
 

@@ -37,6 +37,8 @@ _TRANSPOSE_A, _EPILOGUE, _BIAS, _A_SCALE, _B_SCALE, _FAST_ACCUM, _BIAS_TYPE, _A_
 )  # fmt: skip
 _TRANSPOSED, _EPILOGUE_BIAS, _SCALE_PER_ROW = 1, 4, 3
 _MAX_WORKSPACE_BYTES = 1
+_ALIGNED_ADDRESS = 1 << 40
+"""Stands for scales and bias while a kernel is chosen, which looks at addresses and reads nothing."""
 
 
 class _Found(ctypes.Structure):
@@ -60,9 +62,10 @@ class _Product:
     found: _Found
 
 
-def why_not(device: torch.device) -> str | None:
-    """Why products on this device are PyTorch's, or None."""
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) != _CAPABILITY:
+@cache
+def why_not(device_index: int) -> str | None:
+    """Why products on this GPU are PyTorch's, or None."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device_index) != _CAPABILITY:
         return "cuBLASLt's scales per row were measured on compute capability 9.0 alone"
     return _why_not_loaded()
 
@@ -76,12 +79,12 @@ def multiply(
     bias [N] and `out` [M, N] are bf16. Sums are Hopper's fast ones. Runs on PyTorch's current stream.
     """
     (rows, width), columns = q.shape, weight.shape[0]
-    product = _product_of(q.device.index, rows, columns, width, q.stride(0), out.stride(0), bias is not None)
-    if product is None:
-        return False
     library, one, zero = _library(), c_float(1.0), c_float(0.0)
     with torch.cuda.device(q.device), _LOCK:
         _enter_context(q.device)
+        product = _product_of(q.device.index, rows, columns, width, q.stride(0), out.stride(0), bias is not None)
+        if product is None:
+            return False
         for attribute, tensor in ((_A_SCALE, weight_scale), (_B_SCALE, q_scale), (_BIAS, bias)):
             if tensor is not None:
                 _set(product.description, attribute, c_void_p(tensor.data_ptr()))
@@ -106,9 +109,9 @@ def _enter_context(device: torch.device) -> None:
 def _product_of(
     device_index: int, rows: int, columns: int, width: int, stride: int, out_stride: int, with_bias: bool
 ) -> _Product | None:
-    """None where cuBLASLt has no kernel for it. In its columns first, the product is out^T = weight @ q^T."""
-    with torch.cuda.device(device_index):
-        handle = _handle(device_index)
+    """None where cuBLASLt has no kernel for it, for the current GPU. In its order, columns first, the product is
+    out^T = weight @ q^T."""
+    handle = _handle(device_index)
     made = (_description(with_bias), _layout(_E4M3, width, columns, width), _layout(_E4M3, width, rows, stride),
             _layout(_BF16, columns, rows, out_stride))  # fmt: skip
     found = _found(handle, *made)
@@ -144,16 +147,12 @@ def _description(with_bias: bool) -> c_void_p:
     for attribute in (_A_MODE, _B_MODE):
         _set(description, attribute, c_int32(_SCALE_PER_ROW))
     for attribute in (_A_SCALE, _B_SCALE):
-        # Looked at, not read, when a kernel is chosen.
         _set(description, attribute, c_void_p(_ALIGNED_ADDRESS))
     if with_bias:
         _set(description, _EPILOGUE, c_int32(_EPILOGUE_BIAS))
         _set(description, _BIAS_TYPE, c_int32(_BF16))
         _set(description, _BIAS, c_void_p(_ALIGNED_ADDRESS))
     return description
-
-
-_ALIGNED_ADDRESS = 1 << 40
 
 
 def _layout(dtype: int, rows: int, columns: int, stride: int) -> c_void_p:

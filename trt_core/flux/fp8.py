@@ -110,8 +110,7 @@ def scaled_linear(
     have one element; bias [N] or None in `dtype`. On a GPU K and N are multiples of 16 (`torch._scaled_mm`).
     """
     if not q.is_cuda:
-        wide = F.linear(q.float() * q_scale, weight.float() * weight_scale, None if bias is None else bias.float())
-        return wide.to(dtype)
+        return _product_in_fp32(q, q_scale, weight, weight_scale, bias, dtype)
     if dtype is torch.bfloat16:
         row_scale = q_scale.expand(*q.shape[:-1], 1).contiguous()
         return PRODUCT(q, row_scale, weight, weight_scale.expand(weight.shape[0], 1).contiguous(), bias)
@@ -207,9 +206,12 @@ def _empty_product(q: Tensor, q_scale: Tensor, weight: Tensor, weight_scale: Ten
     return q.new_empty((*q.shape[:-1], weight.shape[0]), dtype=torch.bfloat16)
 
 
-def _product_in_fp32(q: Tensor, q_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+def _product_in_fp32(
+    q: Tensor, q_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:  # fmt: skip
     wide = F.linear(q.float() * q_scale, weight.float() * weight_scale, None if bias is None else bias.float())
-    return wide.to(torch.bfloat16)
+    return wide.to(dtype)
 
 
 # q [..., K] and weight [N, K] in E4M3, q_scale [..., 1] and weight_scale [N, 1] in fp32, bias [N] and the result
