@@ -88,10 +88,13 @@ def dynamic_input(low: Sequence[int], opt: Sequence[int], high: Sequence[int], d
     """A `torch_tensorrt.Input` with a range, or a fixed shape where the three are equal."""
     import torch_tensorrt
 
+    # One element in place of the random tensor that Input would draw in fp32 and keep in host memory, and that nothing
+    # reads on the way to an engine: for linear1 of FLUX.1-dev 264 MB, the peak of a builder process.
+    example = torch.zeros((), dtype=dtype).expand(tuple(opt))
     if tuple(low) == tuple(opt) == tuple(high):
-        return torch_tensorrt.Input(shape=tuple(opt), dtype=dtype, name=name)
+        return torch_tensorrt.Input(shape=tuple(opt), dtype=dtype, name=name, torch_tensor=example)
     return torch_tensorrt.Input(
-        min_shape=tuple(low), opt_shape=tuple(opt), max_shape=tuple(high), dtype=dtype, name=name
+        min_shape=tuple(low), opt_shape=tuple(opt), max_shape=tuple(high), dtype=dtype, name=name, torch_tensor=example
     )
 
 
