@@ -83,6 +83,10 @@ class BaseStorage:
             raise KeyError(name)
         return self._read(name, self._source)
 
+    def on_gpu(self, name: str) -> bool:
+        """Whether reading this one takes no GPU memory."""
+        return name in self._gpu
+
     def keep(self, weights: Mapping[str, Tensor]) -> None:
         """Remembers these weights before they are changed; all or none. Raises `OutOfMemory`."""
         new = {name: tensor for name, tensor in weights.items() if name not in self}

@@ -17,7 +17,8 @@ from .flux.weights import weight_shapes
 from .fp8_recipe import Fp8Recipe, is_modulation
 from .host_slabs import HostSlabs, piece_bytes
 from .lora.changes import Additive, Patch, merged
-from .low_rank_merge import merge_fp8
+from .low_rank_merge import Merges
+from .merge_table import Fp8Place
 from .quantized_weights import QuantizedWeights, scale_name
 from .row_merge import disjoint
 from .weights import Patches
@@ -99,9 +100,11 @@ class Fp8Weights(QuantizedWeights):
     @torch.no_grad()
     def quantize_again(self, names: Iterable[str]) -> None:
         """Follows bases that somebody else changed in place; a refit does so for those that LoRAs touch."""
+        merges = Merges(self.device)
         for name in names:
             if name not in self._merged:
-                self._write(name, ())
+                self._write(name, (), merges)
+        merges.finish()
 
     def _new(self, name: str, tensor: Tensor, device: torch.device) -> dict[str, Tensor]:
         """The bound tensors of one matrix, not yet written."""
@@ -138,15 +141,17 @@ class Fp8Weights(QuantizedWeights):
         except torch.OutOfMemoryError:
             return self._source.read(name, torch.device("cpu"))  # a refit that ran out of memory is rolled back
 
-    def _write(self, name: str, patches: Patches) -> None:
+    def _write(self, name: str, patches: Patches, merges: Merges) -> None:
         if name not in self._originals:
-            super()._write(name, patches)
+            super()._write(name, patches, merges)
             return
+        kept = self._originals[name]
+        lent = kept is None or kept.device != self.device
         base = self._original(name).to(self.device, non_blocking=True)
         if self.tensors[name].dtype is storage.INT8:
             self._quantize(merged(base, patches) if patches else base, self._bound(name))
             return
-        if patches and self._per_row and merge_fp8(self._bound(name), base, patches):
+        if patches and self._per_row and merges.add_fp8(Fp8Place(*self._bound(name)), base, patches, lent):
             return
         if not disjoint(patches):
             self._quantize(merged(base, patches), self._bound(name))

@@ -14,7 +14,8 @@ from .errors import UnsupportedModel
 from .flux import fp8
 from .fp8_recipe import Activations, Fp8Config, Fp8Recipe, Granularity
 from .lora.changes import merged
-from .low_rank_merge import merge_fp8
+from .low_rank_merge import Merges
+from .merge_table import Fp8Place
 from .quantized_weights import QuantizedWeights, scale_name
 from .weights import Patches
 
@@ -78,13 +79,13 @@ class GivenFp8Weights(QuantizedWeights):
         if name in self._matrices:
             super()._give_back(scale_name(name))
 
-    def _write(self, name: str, patches: Patches) -> None:
+    def _write(self, name: str, patches: Patches, merges: Merges) -> None:
         if name not in self._matrices:
-            super()._write(name, patches)
+            super()._write(name, patches, merges)
         elif patches:
             weight, scale = (bits.to(self.device, non_blocking=True) for bits in self._bits(name))
             base = fp8.dequantize(weight, scale, torch.float32)
-            if not (self._per_row and merge_fp8(self._bound(name), base, patches)):
+            if not (self._per_row and merges.add_fp8(Fp8Place(*self._bound(name)), base, patches, lent=True)):
                 self._quantize(merged(base, patches), self._bound(name))
         else:
             self._put_base(name)

@@ -16,75 +16,104 @@ from .flux import fp8
 from .host import Progress, stop_if_cancelled
 from .lora.changes import Patch
 from .low_rank import DTYPES, Section, Term, low_rank_sections
+from .merge_table import Fp8Place, Merge, alike
 
 _LOG = logging.getLogger("trt_core.refit")
 
 _STAGE = "Preparing LoRA merges"
 _SMALL = (64, 256)
-"""Multiples of 16, as FLUX's own sizes are: Triton compiles other sizes apart."""
+"""Without edges, as FLUX's own sizes are: others are compiled apart."""
 MAX_TERMS = 8
 """LoRAs on the same rows. Kernels are compiled for each number of them, a second each, and kept on the disk."""
+_MOST_HELD_BYTES = 2**28
+"""Of bases and factors that gathered merges keep in GPU memory: with bases in host memory, a few layers at a time."""
 
 
-def merge(bound: Tensor, base: Tensor, patches: Sequence[tuple[Patch, float]]) -> bool:
-    """Writes base + patches to `bound`, summed in fp32 and rounded once. False, and nothing written, where it cannot.
+class Merges:
+    """Merges of one refit on one device, gathered so that few launches do them all; `finish` does what is left.
 
-    bound and base [N, K] on one device; factors may lie in host memory. Rows without a patch get the base's bits.
+    What is taken is written in the order of the device's stream, before or in `finish`.
     """
-    sections = _sections(base, patches) if bound.dtype in DTYPES and bound.stride(-1) == 1 else None
-    kernels = None if sections is None else _kernels(base.device)
-    if sections is None or kernels is None:
-        return False
-    for start, stop, terms in sections:
-        if terms:
-            kernels.merge_low_rank(base[start:stop], terms, bound[start:stop])
-        else:
-            bound[start:stop].copy_(base[start:stop])
-    return True
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._waiting: list[Merge] = []
+        self._held_bytes = 0
+
+    def add(self, bound: Tensor, base: Tensor, patches: Sequence[tuple[Patch, float]], lent: bool) -> bool:
+        """Takes base + patches to `bound`, summed in fp32 and rounded once. False, and nothing taken, where it cannot.
+
+        bound and base [N, K] on one device; factors may lie in host memory. Rows without a patch get the base's bits.
+        `lent`: the base is in GPU memory for this merge alone.
+        """
+        fits = bound.dtype is base.dtype and bound.stride(-1) == 1
+        sections = self._sections(base, patches) if fits else None
+        for start, stop, terms in sections or ():
+            if terms:
+                self._take(Merge(start, stop, base, bound, alike(terms)), lent)
+            else:
+                bound[start:stop].copy_(base[start:stop])
+        return sections is not None
+
+    def add_fp8(self, place: Fp8Place, base: Tensor, patches: Sequence[tuple[Patch, float]], lent: bool) -> bool:
+        """The sum of `add` as E4M3 with a fresh fp32 scale per row. False as there."""
+        sections = self._sections(base, patches)
+        for start, stop, terms in sections or ():
+            if terms or place.mean is not None:
+                self._take(Merge(start, stop, base, place, alike(terms)), lent)
+            else:
+                fp8.merge_quantize(base[start:stop], None, 1.0, (place.weight[start:stop], place.scale[start:stop]))
+        return sections is not None
+
+    def finish(self) -> None:
+        """Launches what was taken."""
+        if self._waiting and (kernels := _kernels(self._device)) is not None:
+            kernels.merge_all(self._waiting)
+        self._waiting, self._held_bytes = [], 0
+
+    def _take(self, merge: Merge, lent: bool) -> None:
+        self._waiting.append(merge)
+        self._held_bytes += sum(term.up.nbytes + term.down.nbytes for term in merge.terms)
+        self._held_bytes += merge.base.nbytes if lent else 0
+        if self._held_bytes > _MOST_HELD_BYTES:
+            self.finish()
+
+    def _sections(self, base: Tensor, patches: Sequence[tuple[Patch, float]]) -> list[Section] | None:
+        """What kernels can do on this weight; None where PyTorch must."""
+        if not base.is_cuda or base.dtype not in DTYPES or base.stride(-1) != 1 or _kernels(base.device) is None:
+            return None
+        sections = low_rank_sections(base.shape, patches, base.device)
+        few = sections is not None and all(len(section.terms) <= MAX_TERMS for section in sections)
+        return sections if few else None
 
 
-def merge_fp8(out: tuple[Tensor, Tensor], base: Tensor, patches: Sequence[tuple[Patch, float]]) -> bool:
-    """The sum of `merge` as E4M3 [N, K] with a fresh fp32 scale per row [N, 1], written to `out`. False as there."""
-    sections = _sections(base, patches)
-    kernels = None if sections is None else _kernels(base.device)
-    if sections is None or kernels is None:
-        return False
-    for start, stop, terms in sections:
-        rows, weight, scale = base[start:stop], out[0][start:stop], out[1][start:stop]
-        if terms:
-            kernels.merge_low_rank_fp8(rows, terms, weight, scale)
-        else:
-            fp8.merge_quantize(rows, None, 1.0, (weight, scale))
-    return True
-
-
-def prepare(device: torch.device, dtype: torch.dtype, with_fp8: bool, progress: Progress) -> None:
+def prepare(device: torch.device, dtype: torch.dtype, with_fp8: bool, progress: Progress, mean: bool = False) -> None:
     """Compiles what the usual LoRA needs, so that the first one does not wait 1.4 s for it (measured on an H100).
 
     One LoRA on a layer, factors of 16 bits, ranks up to 16 and up to 32, on weights of `dtype`; `with_fp8`: on FP8
-    weights as well. Other kinds are compiled when they come, once per machine. Raises `BuildCancelled`.
+    weights as well, `mean`: whose biases are corrected. Other kinds are compiled when they come, once per machine.
+    Raises `BuildCancelled`.
     """
     if device.type != "cuda" or dtype not in DTYPES or (kernels := _kernels(device)) is None:
         return
     base = torch.zeros(_SMALL, dtype=dtype, device=device)
-    weight, scale = torch.empty_like(base, dtype=fp8.FP8), torch.empty((_SMALL[0], 1), device=device)
+    place = _small_place(base, mean)
     kinds = list(itertools.product((torch.bfloat16, torch.float16), (16, 32)))
     for done, (factors, rank) in enumerate(kinds):
         stop_if_cancelled(progress, _STAGE)
         progress.update(_STAGE, done, len(kinds))
         up, down = (base.new_zeros(shape, dtype=factors) for shape in ((_SMALL[0], rank), (rank, _SMALL[1])))
-        kernels.merge_low_rank(base, [Term(up, down, 1.0)], base)
+        terms = (Term(up, down, 1.0),)
+        kernels.merge_all([Merge(0, _SMALL[0], base, base, terms)])
         if with_fp8:
-            kernels.merge_low_rank_fp8(base, [Term(up, down, 1.0)], weight, scale)
+            kernels.merge_all([Merge(0, _SMALL[0], base, place, terms)])
 
 
-def _sections(base: Tensor, patches: Sequence[tuple[Patch, float]]) -> list[Section] | None:
-    """What kernels can do on this weight; None where PyTorch must."""
-    if not base.is_cuda or base.dtype not in DTYPES or base.stride(-1) != 1:
-        return None
-    sections = low_rank_sections(base.shape, patches, base.device)
-    few = sections is not None and all(len(section.terms) <= MAX_TERMS for section in sections)
-    return sections if few else None
+def _small_place(base: Tensor, mean: bool) -> Fp8Place:
+    weight, scale = torch.empty_like(base, dtype=fp8.FP8), base.new_empty((_SMALL[0], 1), dtype=torch.float32)
+    if not mean:
+        return Fp8Place(weight, scale)
+    return Fp8Place(weight, scale, scale.new_zeros(_SMALL[1]), scale.new_zeros(_SMALL[0]))
 
 
 @cache

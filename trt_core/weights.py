@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import low_rank_merge
 from .background import Stopwatch
 from .base_storage import BaseSource, BaseStorage, HostSlabs
 from .config import BaseWeights
@@ -17,6 +16,7 @@ from .errors import LoraMismatch, OutOfMemory, TRTError
 from .flux.branches import Branches
 from .lora.changes import Patch, merged
 from .lora.files import Lora
+from .low_rank_merge import Merges
 from .row_merge import add_rows, disjoint
 
 _LOG = logging.getLogger("trt_core.refit")
@@ -127,9 +127,11 @@ class BoundWeights:
         written: list[str] = []
         complete = False
         try:
+            merges = Merges(self.device)
             for name, patches in writes.items():
                 written.append(name)
-                self._write(name, patches)
+                self._write(name, patches, merges)
+            merges.finish()
             self._apply_beside(new, plan.merge)
             complete = True
         except torch.OutOfMemoryError as error:
@@ -195,12 +197,13 @@ class BoundWeights:
     def _kept(self, name: str) -> Tensor:
         return self._bases[name]
 
-    def _write(self, name: str, patches: Patches) -> None:
-        bound = self.tensors[name]
+    def _write(self, name: str, patches: Patches, merges: Merges) -> None:
+        """Writes base + patches to the bound tensor, now or when `merges` finishes."""
+        bound, lent = self.tensors[name], not self._bases.on_gpu(name)
         base = self._kept(name).to(bound.device, non_blocking=True)
         if not patches:
             bound.copy_(base)
-        elif low_rank_merge.merge(bound, base, patches):
+        elif merges.add(bound, base, patches, lent):
             return
         elif disjoint(patches):
             add_rows(bound, base, patches)

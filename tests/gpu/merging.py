@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trt_core.flux import fp8
 from trt_core.low_rank import Term
+from trt_core.merge_table import Fp8Place, Merge, alike
 
 DEVICE = "cuda"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -20,6 +21,20 @@ FP32_ERROR = 2.0**-18
 needs_fp8 = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no FP8 below 8.9"
 )
+
+
+def merge_low_rank(base: Tensor, terms: Sequence[Term], out: Tensor) -> None:
+    """One merge of all rows by the kernel."""
+    from trt_core.triton_merge import merge_all
+
+    merge_all([Merge(0, base.shape[0], base, out, alike(terms))])
+
+
+def merge_low_rank_fp8(base: Tensor, terms: Sequence[Term], weight: Tensor, scale: Tensor) -> None:
+    """The same to E4M3."""
+    from trt_core.triton_merge import merge_all
+
+    merge_all([Merge(0, base.shape[0], base, Fp8Place(weight, scale), alike(terms))])
 
 
 def normal(*shape: int, dtype: torch.dtype = FP32, seed: int = 0) -> Tensor:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from tests.unit.bound_weights import low_rank
-from trt_core import low_rank_merge, weights
+from trt_core import weights
 from trt_core.config import BaseWeights
 from trt_core.flux import fp8
 from trt_core.lora.changes import Difference, LowRank, Patch, merged
 from trt_core.low_rank import Term
+from trt_core.low_rank_merge import Merges
+from trt_core.merge_table import Fp8Place
 from trt_core.weights import BoundWeights, WeightPatches
 
 from .merging import (
@@ -123,7 +125,7 @@ def test_factors_in_host_memory_and_in_other_dtypes(dtype: torch.dtype) -> None:
 def test_other_changes_take_the_way_they_took() -> None:
     patches = moved([patch(None, 1), (Patch("w", QKV[0], Difference(torch.ones(64, SHAPE[1]))), 0.5)])
     base = bound().tensors["w"]
-    assert not low_rank_merge.merge(torch.empty_like(base), base, patches)
+    assert not Merges(base.device).add(torch.empty_like(base), base, patches, lent=False)
     assert torch.equal(refit(bound(), patches), merged(base, patches).to(BF16))
 
 
@@ -132,7 +134,9 @@ def test_other_changes_take_the_way_they_took() -> None:
 def test_fp8_rows_are_merged_one_by_one(name: str) -> None:
     base, patches = bound().tensors["w"], moved(STACKS[name])
     _, _, weight, scale = fp8_canvas(SHAPE)
-    assert low_rank_merge.merge_fp8((weight, scale), base, patches)
+    merges = Merges(base.device)
+    assert merges.add_fp8(Fp8Place(weight, scale), base, patches, lent=False)
+    merges.finish()
     total = merged(base, patches)
     assert torch.allclose(scale, fp8.row_scale(total), rtol=1e-5)
     assert (bits(weight) != bits(fp8.quantize_tensor(total, scale))).float().mean() < 2e-3

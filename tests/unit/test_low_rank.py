@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tests.unit.bound_weights import low_rank
-from trt_core import low_rank_merge
 from trt_core.lora.changes import (
     Change,
     Difference,
@@ -25,6 +24,8 @@ from trt_core.lora.changes import (
     merged,
 )
 from trt_core.low_rank import Section, low_rank_sections
+from trt_core.low_rank_merge import Merges
+from trt_core.merge_table import Fp8Place
 
 CPU = torch.device("cpu")
 ROWS, WIDTH = 96, 40
@@ -168,8 +169,10 @@ def test_a_bias_has_no_low_rank_change() -> None:
 def test_on_the_cpu_pytorch_merges() -> None:
     """And nothing was written: ComfyUI's bits on the CPU are kept."""
     out = torch.full_like(BASE, float("nan"))
-    assert not low_rank_merge.merge(out, BASE, [patch(None)])
-    assert not low_rank_merge.merge_fp8((out, out[:, :1]), BASE, [patch(None)])
+    merges = Merges(CPU)
+    assert not merges.add(out, BASE, [patch(None)], lent=False)
+    assert not merges.add_fp8(Fp8Place(out, out[:, :1]), BASE, [patch(None)], lent=False)
+    merges.finish()
     assert out.isnan().all()
 
 

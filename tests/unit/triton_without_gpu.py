@@ -60,6 +60,7 @@ def plain_calls() -> list[Callable[[], Any]]:
     from trt_core import triton_merge
     from trt_core.flux import triton_kernels, triton_rows
     from trt_core.flux.open_sum import OpenSum
+    from trt_core.merge_table import Merge
 
     x, wide, mod = empty(1, 64, HIDDEN), empty(1, 64, 3 * HIDDEN + MLP), empty(1, HIDDEN)
     q = wide[..., :HIDDEN].unflatten(-1, (HEADS, DIM))
@@ -76,7 +77,7 @@ def plain_calls() -> list[Callable[[], Any]]:
         for dtype, scales in ((BF16, 0), (torch.int8, 2), (torch.int8, 1)):
             calls.append(lambda batch=batch, dtype=dtype, scales=scales: modulations(batch, dtype, scales))
     for terms in merged_terms():
-        calls.append(lambda terms=terms: triton_merge.merge_low_rank(base, terms, base))
+        calls.append(lambda terms=terms: triton_merge.merge_all([Merge(0, HIDDEN, base, base, tuple(terms))]))
     return calls
 
 
@@ -85,10 +86,13 @@ def fp8_calls() -> list[Callable[[], Any]]:
     from trt_core.flux import triton_attention, triton_rows, triton_weights
     from trt_core.flux.fp8_attention import QkvStream, ValueSource
     from trt_core.flux.open_sum import OpenSum
+    from trt_core.merge_table import Fp8Place, Merge
 
     x, mlp, mod, one = empty(1, 64, HIDDEN), empty(1, 64, MLP), empty(1, HIDDEN), empty(1, dtype=FP32)
     norm, cos, base = empty(DIM), empty(64, DIM // 2, dtype=FP32), empty(HIDDEN, HIDDEN)
     out = (empty(HIDDEN, HIDDEN, dtype=FP8), empty(HIDDEN, 1, dtype=FP32))
+    place = Fp8Place(*out)
+    with_mean = place._replace(mean=empty(HIDDEN, dtype=FP32), correction=empty(HIDDEN, dtype=FP32))
     sources = [ValueSource(mod, mod, *weight, empty(HIDDEN)) for weight in (out, (out[0], one), (base, None))]
     streams = [QkvStream(empty(1, 64, 3 * HIDDEN), norm, norm, cos, cos, source) for source in sources]
     calls: list[Callable[[], Any]] = []
@@ -105,7 +109,9 @@ def fp8_calls() -> list[Callable[[], Any]]:
     for delta in (None, base.float()):
         calls.append(lambda delta=delta: triton_weights.merge_quantize_rows(base, delta, 1.0, *out))
     for terms in merged_terms():
-        calls.append(lambda terms=terms: triton_merge.merge_low_rank_fp8(base, terms, *out))
+        calls.append(lambda terms=terms: triton_merge.merge_all([Merge(0, HIDDEN, base, place, tuple(terms))]))
+    for terms in ([], merged_terms()[0]):
+        calls.append(lambda terms=terms: triton_merge.merge_all([Merge(5, 99, base, with_mean, tuple(terms))]))
     return [
         *calls,
         *(lambda stream=stream: triton_attention.quantized_qkv(stream, stream, HEADS, 1e-6) for stream in streams),
@@ -149,6 +155,7 @@ def interpret() -> None:
     from trt_core.flux.rope import rotate
 
     interpret_table()
+    interpret_merges()
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -178,6 +185,29 @@ def interpret_table() -> None:
     for hidden, kind in ((128, "int8"), (256, "plain"), (48, "int8"), (48, "plain")):
         for batch in (1, 3):
             table_model.check(torch.device("cpu"), torch.float16, hidden, kind, batch, ranks=())
+
+
+def interpret_merges() -> None:
+    """Of different sizes, with and without edges, in one launch: each gets its own numbers, in its own rows alone."""
+    from trt_core.low_rank import Term
+    from trt_core.merge_table import Merge
+    from trt_core.triton_merge import merge_all
+
+    generator = torch.Generator().manual_seed(1)
+    merges, expected = [], []
+    for count, (rows, width) in enumerate(((64, 256), (70, 30), (128, 256), (5, 144)) * 2):
+        base, out = torch.randn(rows + 3, width, generator=generator), torch.full((rows + 3, width), 7.0)
+        terms = tuple(
+            Term(torch.randn(rows, 7, generator=generator), torch.randn(7, width, generator=generator), 0.3 - term)
+            for term in range(1 + count % 2)
+        )
+        merges.append(Merge(2, 2 + rows, base, out, terms))
+        whole = torch.full_like(out, 7.0)
+        whole[2 : 2 + rows] = base[2 : 2 + rows] + sum(factor * (up @ down) for up, down, factor in terms)
+        expected.append(whole)
+    merge_all(merges)
+    for merge, whole in zip(merges, expected, strict=True):
+        same(merge.out, whole)
 
 
 def same(seen: Tensor, expected: Tensor) -> None:
