@@ -15,7 +15,6 @@ from .model import LORA_TARGETS
 
 _E4M3_MAX = 448.0
 _TINY = 1e-12
-_GROUP = 128
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -25,38 +24,30 @@ def rounded(x: Tensor) -> Tensor:
     return (wide / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
 
 
-def integers(weight: Tensor) -> Tensor:
-    """`weight` [N, K] on a grid of 255 numbers for each group of columns, in fp32."""
-    groups = weight.float().unflatten(-1, (-1, _GROUP if weight.shape[-1] % _GROUP == 0 else weight.shape[-1]))
-    step = groups.abs().amax(-1, keepdim=True).clamp(min=_TINY) / 127.0
-    return ((groups / step).round() * step).flatten(-2)
-
-
 @contextmanager
 def fake_quantized(model: nn.Module) -> Iterator[None]:
     """While inside, every linear layer of a block multiplies rounded weights with rounded inputs, in the model's dtype.
 
-    Modulations (`norm...linear`) round their weights alone, to integers of eight bits in groups of 128. Weights are
-    rounded at each call and not changed.
+    Modulations (`norm...linear`) stay exact, as they do where bases are on the GPU; in eight bits, with bases in host
+    memory, their error counts as the library's own. Weights are rounded at each call and not changed.
     """
-    layers = [(name, module) for name, module in model.named_modules() if _is_block_linear(name, module)]
+    layers = [module for name, module in model.named_modules() if _is_block_linear(name, module)]
     try:
-        for name, module in layers:
-            module.forward = _forward(module, inputs_too=not name.endswith(".linear"))
+        for module in layers:
+            module.forward = _forward(module)
         yield
     finally:
-        for _, module in layers:
+        for module in layers:
             del module.forward
 
 
 def _is_block_linear(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and "transformer_blocks." in name and name.endswith(LORA_TARGETS)
+    is_linear = isinstance(module, nn.Linear) and "transformer_blocks." in name and name.endswith(LORA_TARGETS)
+    return is_linear and not name.endswith(".linear")
 
 
-def _forward(module: nn.Linear, inputs_too: bool) -> object:
+def _forward(module: nn.Linear) -> object:
     def forward(x: Tensor) -> Tensor:
-        if not inputs_too:
-            return F.linear(x.float(), integers(module.weight), module.bias.float()).to(x.dtype)
         return F.linear(rounded(x).to(x.dtype), rounded(module.weight).to(x.dtype), module.bias)
 
     return forward

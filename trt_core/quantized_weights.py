@@ -21,8 +21,8 @@ MAX_BRANCH_RANK = 128
 class QuantizedWeights(BoundWeights):
     """Matrices of eight bits, each beside its scale, and everything else as it is. Where bases are, subclasses know.
 
-    LoRAs are merged into FP8 matrices, and applied beside the stored matrices of modulations (`Branches`), whose bits
-    stay the base's; what is no low-rank product (DoRA, LoKr, LoHa) is merged there, too.
+    LoRAs are merged into FP8 matrices, and applied beside the matrices of modulations (`Branches`), exact or stored,
+    whose bits stay the base's; what is no low-rank product (DoRA, LoKr, LoHa) is merged there, too.
     """
 
     _recipe: Fp8Recipe
@@ -46,10 +46,11 @@ class QuantizedWeights(BoundWeights):
         return [name for name in self.tensors if not name.endswith((f".{SCALE}", f".{INPUT_SCALE}"))]
 
     def readable(self, name: str) -> Tensor | None:
-        if name not in self._matrices:
-            return super().readable(name)
-        weight, scale = self._bound(name)
         delta = None if self._branches is None else self._branches.delta(_layer(name))
+        if name not in self._matrices:
+            value = super().readable(name)
+            return value if value is None or delta is None else (value.float() + delta).to(self._dtype)
+        weight, scale = self._bound(name)
         if delta is None:
             return storage.dequantize(weight, scale, self._dtype)
         return (storage.dequantize(weight, scale, torch.float32) + delta).to(self._dtype)
@@ -86,7 +87,7 @@ class QuantizedWeights(BoundWeights):
 
     def _spans(self, name: str, patches: Patches) -> list[Span] | None:
         """What is applied beside this weight; None where patches are merged into it."""
-        if name not in self._matrices or not is_modulation(_layer(name)):
+        if not self._recipe.quantizes(name) or not is_modulation(_layer(name)):
             return None
         spans = low_rank_spans(self.tensors[name].shape, patches)
         return spans if spans is not None and _rank(spans) <= MAX_BRANCH_RANK else None
