@@ -29,6 +29,10 @@ _MOST_HELD_BYTES = 2**28
 """Of bases and factors that gathered merges keep in GPU memory: with bases in host memory, a few layers at a time."""
 
 
+_MOST_WAITING = 64
+"""Merges of one launch: the GPU begins with them while Python reads what else there is to merge."""
+
+
 class Merges:
     """Merges of one refit on one device, gathered so that few launches do them all; `finish` does what is left.
 
@@ -75,7 +79,7 @@ class Merges:
         self._waiting.append(merge)
         self._held_bytes += sum(term.up.nbytes + term.down.nbytes for term in merge.terms)
         self._held_bytes += merge.base.nbytes if lent else 0
-        if self._held_bytes > _MOST_HELD_BYTES:
+        if self._held_bytes > _MOST_HELD_BYTES or len(self._waiting) >= _MOST_WAITING:
             self.finish()
 
     def _sections(self, base: Tensor, patches: Sequence[tuple[Patch, float]]) -> list[Section] | None:

@@ -20,8 +20,8 @@ _ALIGNMENT = 16
 """Bytes of an address, and elements of a stride, that kernels count on where they can."""
 WHOLE_ROWS, WHOLE_WIDTH = 64, 256
 """What the rows and columns of every kernel's tile divide."""
-FIELDS, TERM_FIELDS = 11, 4
-"""Numbers of a merge, and of each of its terms after them: see `fields_of`."""
+FIELDS, TERM_FIELDS, FIRST_PROGRAM = 11, 4, 10
+"""How many numbers a merge has, and each of its terms after them (`_fields`), and which one a launch fills in."""
 _SHALLOW, _DEEPEST = 16, 32
 """Ranks that one step of a product takes at most: with 64, four LoRAs need more shared memory than there is."""
 
@@ -64,14 +64,26 @@ class Kind:
     with_mean: bool
 
 
-def kind_of(merge: Merge) -> Kind:
-    """The kind of a merge whose terms share their dtypes (`alike`)."""
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One merge for a launch: its kind, its row of the table but for the first program, rows and width."""
+
+    kind: Kind
+    fields: list[int]
+    rows: int
+    width: int
+
+
+def planned(merge: Merge) -> Planned:
+    """A merge whose terms share their dtypes (`alike`), in 5 us: a LoRA has 494 of them, and a GPU waits meanwhile."""
     base, out, terms = merge.base, merge.out, merge.terms
+    rows, width, is_fp8 = merge.stop - merge.start, base.shape[1], isinstance(out, Fp8Place)
+    fields, addresses = _fields(merge, rows, width), [term.up.data_ptr() for term in terms]
     ranks = [term.up.shape[1] for term in terms]
     largest = max(ranks, default=0)
     depth = _SHALLOW if largest <= _SHALLOW else _DEEPEST
-    is_fp8 = isinstance(out, Fp8Place)
-    return Kind(
+    downs = fields[FIELDS + 1 :: TERM_FIELDS]
+    kind = Kind(
         base.dtype,
         terms[0].up.dtype if terms else base.dtype,
         terms[0].down.dtype if terms else base.dtype,
@@ -79,10 +91,11 @@ def kind_of(merge: Merge) -> Kind:
         len(terms),
         depth,
         largest > depth,
-        _is_whole(merge),
-        all(rank % depth == 0 for rank in ranks) and all(term.up.data_ptr() % _ALIGNMENT == 0 for term in terms),
+        not (rows % WHOLE_ROWS or width % WHOLE_WIDTH) and _are_multiples([*fields[:4], *downs], _ALIGNMENT),
+        _are_multiples(ranks, depth) and _are_multiples(addresses, _ALIGNMENT),
         is_fp8 and out.mean is not None,
     )
+    return Planned(kind, fields, rows, width)
 
 
 def alike(terms: Sequence[Term]) -> tuple[Term, ...]:
@@ -93,35 +106,29 @@ def alike(terms: Sequence[Term]) -> tuple[Term, ...]:
     return tuple(Term(term.up.float(), term.down.float(), term.factor) for term in terms)
 
 
-def fields_of(merge: Merge, first_program: int) -> list[int]:
+def _fields(merge: Merge, rows: int, width: int) -> list[int]:
     """A merge's row of the table: base, its row stride, out, its row stride, scale, its row stride, mean, correction,
     rows, width, the first program; then for each term up, down, rank and the bits of its fp32 factor."""
     start, out = merge.start, merge.out
-    target, scale = (out.weight, out.scale) if isinstance(out, Fp8Place) else (out, None)
-    mean, correction = (out.mean, out.correction) if isinstance(out, Fp8Place) else (None, None)
-    fields = [
-        _address(merge.base, start), merge.base.stride(0), _address(target, start), target.stride(0),
-        *((0, 0) if scale is None else (_address(scale, start), scale.stride(0))),
-        0 if mean is None else mean.data_ptr(), 0 if correction is None else _address(correction, start),
-        merge.stop - start, merge.base.shape[1], first_program,
-    ]  # fmt: skip
+    if isinstance(out, Fp8Place):
+        mean = 0 if out.mean is None else out.mean.data_ptr()
+        correction = 0 if out.correction is None else out.correction.data_ptr() + 4 * start
+        places = (*_place(out.weight, start), *_place(out.scale, start), mean, correction)
+    else:
+        places = (*_place(out, start), 0, 0, 0, 0)
+    fields = [*_place(merge.base, start), *places, rows, width, 0]
     for up, down, factor in merge.terms:
-        fields += [up.data_ptr(), down.data_ptr(), up.shape[1], _FLOAT_BITS.unpack(_FLOAT.pack(factor))[0]]
+        fields += (up.data_ptr(), down.data_ptr(), up.shape[1], _FLOAT_BITS.unpack(_FLOAT.pack(factor))[0])
     return fields
 
 
 _FLOAT, _FLOAT_BITS = struct.Struct("f"), struct.Struct("i")
 
 
-def _address(tensor: Tensor, row: int) -> int:
-    return tensor.data_ptr() + row * tensor.stride(0) * tensor.element_size()
+def _place(matrix: Tensor, row: int) -> tuple[int, int]:
+    stride = matrix.stride(0)
+    return matrix.data_ptr() + row * stride * matrix.element_size(), stride
 
 
-def _is_whole(merge: Merge) -> bool:
-    base, out = merge.base, merge.out
-    if (merge.stop - merge.start) % WHOLE_ROWS or base.shape[1] % WHOLE_WIDTH:
-        return False
-    numbers = [term.down.data_ptr() for term in merge.terms]
-    for matrix in (base, out.weight if isinstance(out, Fp8Place) else out):
-        numbers += [matrix.stride(0), _address(matrix, merge.start)]
-    return all(number % _ALIGNMENT == 0 for number in numbers)
+def _are_multiples(numbers: Sequence[int], of: int) -> bool:
+    return not any(number % of for number in numbers)

@@ -8,6 +8,7 @@ matrices of FLUX on an H100 they took 78 ms, where reading the base and writing 
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from triton.errors import TritonError
 
 from .flux.triton_rows import clamped, scale_from_bits
 from .low_rank import Term
-from .merge_table import FIELDS, TERM_FIELDS, Kind, Merge, fields_of, kind_of
+from .merge_table import FIELDS, FIRST_PROGRAM, TERM_FIELDS, Kind, Merge, Planned, planned
 
 _ROWS_BLOCK, _WIDTH_BLOCK = 64, 128
 """With 8 warps 64 registers a thread for one LoRA, so 4 programs on a multiprocessor, with 64 KB of the base on their
@@ -246,31 +247,30 @@ def merge_all(merges: Iterable[Merge]) -> None:
     as `fp8.merge_quantize` rounds it; with a mean (`Fp8Place`) what that takes from the layer's mean output,
     (sum - its E4M3) @ mean, goes to the correction. The same inputs give the same bits, whatever is beside them.
     """
-    kinds: dict[Kind, list[Merge]] = {}
-    for merge in merges:
-        kinds.setdefault(kind_of(merge), []).append(merge)
-    for kind, alike_ones in kinds.items():
-        _launch(kind, alike_ones)
+    merges = list(merges)
+    kinds: dict[Kind, list[Planned]] = {}
+    for item in map(planned, merges):
+        kinds.setdefault(item.kind, []).append(item)
+    for kind, items in kinds.items():
+        _launch(kind, items, merges[0].base.device)
 
 
-def _launch(kind: Kind, merges: Sequence[Merge]) -> None:
-    device, fields, counts, first = merges[0].base.device, [], [], 0
-    for merge in merges:
-        fields.append(fields_of(merge, first))
-        counts.append(_programs(kind, merge))
-        first += counts[-1]
-    table = torch.tensor(fields, dtype=torch.int64).to(device, non_blocking=True)
-    owners = torch.repeat_interleave(torch.tensor(counts, dtype=torch.int32).to(device), output_size=first)
-    with torch.cuda.device_of(merges[0].base):
-        kernel = _merge_low_rank_fp8_kernel if kind.fp8 else _merge_low_rank_kernel
-        kernel[(first,)](table, owners, **_constants(kind))
+def _launch(kind: Kind, items: Sequence[Planned], device: torch.device) -> None:
+    counts = [_programs(item) for item in items]
+    for item, first in zip(items, itertools.accumulate(counts, initial=0), strict=False):
+        item.fields[FIRST_PROGRAM] = first
+    table = torch.tensor([item.fields for item in items], dtype=torch.int64).to(device, non_blocking=True)
+    repeats = torch.tensor(counts, dtype=torch.int32).to(device, non_blocking=True)
+    owners = torch.repeat_interleave(repeats, output_size=sum(counts))
+    kernel = _merge_low_rank_fp8_kernel if kind.fp8 else _merge_low_rank_kernel
+    with torch.cuda.device_of(owners):
+        kernel[(owners.shape[0],)](table, owners, **_constants(kind))
 
 
-def _programs(kind: Kind, merge: Merge) -> int:
-    rows, width = merge.stop - merge.start, merge.base.shape[1]
-    if kind.fp8:
-        return -(-rows // _FP8_ROWS_BLOCK)
-    return -(-rows // _ROWS_BLOCK) * -(-width // _WIDTH_BLOCK)
+def _programs(item: Planned) -> int:
+    if item.kind.fp8:
+        return -(-item.rows // _FP8_ROWS_BLOCK)
+    return -(-item.rows // _ROWS_BLOCK) * -(-item.width // _WIDTH_BLOCK)
 
 
 def _constants(kind: Kind) -> dict[str, Any]:
