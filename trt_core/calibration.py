@@ -1,6 +1,8 @@
-"""The largest input of each linear layer, seen while the model runs: what static FP8 scales are made of.
+"""The largest input of each linear layer and its mean one, seen while the model runs: what static FP8 scales are made
+of, and what the correction of biases needs.
 
-Equal to ModelOpt's `max` calibration, and without it. Only inputs need data; a weight's range is read off the weight.
+Ranges are equal to ModelOpt's `max` calibration, and made without it. Only inputs need data; a weight's range is read
+off the weight.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from torch import Tensor, nn
 
 from .errors import InvalidOption, UnsupportedModel
 from .flux.architecture import FluxArchitecture
-from .fp8_recipe import check_amax, diffusers_linears, is_modulation
+from .fp8_recipe import diffusers_linears, is_modulation
 from .host import Progress, stop_if_cancelled
+from .input_ranges import InputRanges, RunningRanges
 
 _LOG = logging.getLogger("trt_core.fp8")
 _STAGE = "Calibrating FP8"
@@ -65,26 +68,26 @@ class Calls:
     number: int = 0
 
 
-def collect_input_amax(
+def collect_input_ranges(
     transformer: nn.Module, arch: FluxArchitecture, feed: Feed, progress: Progress, *, allow_few: bool = False
-) -> dict[str, float]:
-    """BFL name of each block linear (not of modulations) -> the largest absolute input it saw, exact in fp32.
+) -> InputRanges:
+    """The largest and the mean input of each block linear but modulations, over all calibration data in one pass.
 
-    The model's weights and hooks are as before when this returns or raises. Maxima stay on the model's device until the
-    end, so calibration runs at the model's own speed.
+    Whether scales can be made of them, `plan_recipe` says. The model's weights and hooks are as before when this
+    returns or raises. Maxima and sums stay on the model's device until the end, so calibration runs at the model's own
+    speed.
 
     Raises:
-        InvalidOption: no call, a single one (unless `allow_few`), NaN, infinity or nothing but zeros in a layer.
+        InvalidOption: no call, a single one (unless `allow_few`), or a layer that saw no input.
         BuildCancelled: the user cancelled.
     """
     seen = _Seen(transformer, arch)
     with torch.no_grad(), counted(transformer, feed.calls, progress) as calls, seen.watching():
         feed.run(transformer)
     require_calls(calls.number, allow_few)
-    amax = seen.amax()
-    check_amax(arch, amax)
-    _LOG.info("TRT FP8: calibrated %d layers in %d calls", len(amax), calls.number)
-    return amax
+    found = seen.ranges()
+    _LOG.info("TRT FP8: calibrated %d layers in %d calls", len(found.amax), calls.number)
+    return found
 
 
 def require_calls(calls: int, allow_few: bool) -> None:
@@ -156,7 +159,7 @@ def counted(transformer: nn.Module, total: int | None, progress: Progress) -> It
 
 
 class _Seen:
-    """Running maxima per linear, as 0-dim fp32 tensors where the inputs lie."""
+    """Watches the modules of every linear. They share one input, so only the first of them counts for the mean."""
 
     def __init__(self, transformer: nn.Module, arch: FluxArchitecture) -> None:
         self._modules = {
@@ -164,22 +167,23 @@ class _Seen:
             for name, paths in diffusers_linears(arch).items()
             if not is_modulation(name)
         }
-        self._amax: dict[str, Tensor] = {}
+        self._running = RunningRanges()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         handles = []
         try:
             for name, modules in self._modules.items():
-                hook = partial(self._watch, name)
-                handles += [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+                for module in modules:
+                    hook = partial(self._watch, name, module is modules[0])
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def amax(self) -> dict[str, float]:
-        unseen = [name for name in self._modules if name not in self._amax]
+    def ranges(self) -> InputRanges:
+        unseen = self._running.without_input(self._modules)
         if unseen:
             raise InvalidOption(
                 f"{len(unseen)} layers saw no input in calibration, the first is {unseen[0]}.",
@@ -187,17 +191,15 @@ class _Seen:
                 fix="Switch caches off and call unfuse_qkv_projections() before calibrating.",
                 widget="calibration",
             )
-        return {name: float(amax) for name, amax in self._amax.items()}
+        return self._running.ranges()
 
-    def _watch(self, name: str, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _watch(self, name: str, is_first: bool, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         value = args[0] if args else next(iter(kwargs.values()))
         if value.numel() == 0:
             return
-        # aminmax allocates nothing of the input's size, and NaN survives it and maximum.
-        low, high = torch.aminmax(value.detach())
-        amax = torch.maximum(low.abs(), high.abs()).float()
-        before = self._amax.get(name)
-        self._amax[name] = amax if before is None else torch.maximum(before.to(amax.device), amax)
+        self._running.add_amax(name, value)
+        if is_first:
+            self._running.add_mean(name, value)
 
 
 def _items_feed(items: Iterable[Any], pipe: Any) -> Feed:

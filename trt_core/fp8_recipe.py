@@ -1,4 +1,4 @@
-"""Which linear layers run in FP8, and the scales of what goes into them: a recipe, planned without touching a weight.
+"""Which linear layers run in FP8, and what is known of their inputs: a recipe, planned without touching a weight.
 
 FP8 is E4M3 here: values up to 448, each rounded by up to 6 %, whatever its size. Modulations are eight-bit integers
 (`flux.storage`), because nothing multiplies them in FP8. Names are BFL's, without ".weight":
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,19 @@ from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
 
+import torch
+from torch import Tensor
+
+from .calibrated_numbers import (
+    check_amax,
+    check_means,
+    kept_amax,
+    kept_means,
+    refuse_amax,
+    refuse_other_means,
+    require_every_amax,
+    require_every_mean,
+)
 from .errors import InvalidOption
 from .flux.architecture import FluxArchitecture
 from .flux.weights import diffusers_parts, weight_shapes
@@ -83,15 +95,19 @@ class Fp8Config:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Recipe:
-    """The linear layers in FP8 and, where activations are static, the largest input each of them saw.
+    """The linear layers in FP8 and what calibration saw of their inputs: the largest one where activations are static,
+    and the mean where biases are to be corrected.
 
     Modulations are stored in eight bits but multiply unquantized activations, so they are in `linears` and never in
-    `input_amax`.
+    `input_amax` or `input_mean`. `==` leaves the means out; `same_recipe` does not.
     """
 
     config: Fp8Config
     linears: frozenset[str]
     input_amax: Mapping[str, float] = field(default_factory=dict, hash=False)
+    input_mean: Mapping[str, Tensor] = field(default_factory=dict, hash=False, compare=False, repr=False)
+    """Linear -> its mean input over all tokens and calls, fp32 [K] on the CPU; of all `activation_linears`, or empty:
+    then no bias is corrected."""
 
     @property
     def activation_linears(self) -> frozenset[str]:
@@ -117,14 +133,18 @@ class Fp8Recipe:
         return self.input_limit(name) / E4M3_MAX
 
 
-def plan_recipe(arch: FluxArchitecture, config: Fp8Config, input_amax: Mapping[str, float] | None = None) -> Fp8Recipe:
+def plan_recipe(
+    arch: FluxArchitecture, config: Fp8Config, input_amax: Mapping[str, float] | None = None,
+    input_mean: Mapping[str, Tensor] | None = None,
+) -> Fp8Recipe:  # fmt: skip
     """The recipe for a model: all linears of all blocks in FP8 but the excluded; stem and final layer never are.
 
-    `input_amax` (linear -> largest absolute input) is needed for static activations only. What it has for modulations
-    or excluded layers is left out, so that one calibration serves other patterns too.
+    `input_amax` (linear -> largest absolute input) is needed for static activations only. `input_mean` (linear -> mean
+    input [K]) is for the correction of biases, with either kind. What they have for modulations or excluded layers is
+    left out, so that one calibration serves other patterns too.
 
-    Raises `InvalidOption`: a pattern matches nothing or all, or the amax table is of another model, incomplete, or
-    holds zero, infinity or NaN.
+    Raises `InvalidOption`: a pattern matches nothing or all, or a table is of another model, incomplete, or holds
+    infinity, NaN or, of amax, zero.
     """
     excluded = excluded_linears(arch, config.exclude)
     linears = frozenset(block_linears(arch)) - excluded
@@ -134,14 +154,12 @@ def plan_recipe(arch: FluxArchitecture, config: Fp8Config, input_amax: Mapping[s
         )
     if excluded:
         _LOG.info("TRT FP8: stays in bf16: %s", kinds_of(sorted(excluded)))
-    recipe = Fp8Recipe(config, linears)
-    if config.activations is Activations.DYNAMIC:
-        _refuse_amax(input_amax)
-        return recipe
-    amax = input_amax or {}
-    check_amax(arch, amax)
-    _require_complete(recipe.activation_linears, amax)
-    return Fp8Recipe(config, linears, {name: float(amax[name]) for name in sorted(recipe.activation_linears)})
+    layers = Fp8Recipe(config, linears).activation_linears
+    dynamic = config.activations is Activations.DYNAMIC
+    if dynamic:
+        refuse_amax(input_amax)
+    amax = {} if dynamic else kept_amax(arch, layers, input_amax)
+    return Fp8Recipe(config, linears, amax, kept_means(arch, layers, input_mean))
 
 
 def block_linears(arch: FluxArchitecture) -> tuple[str, ...]:
@@ -177,25 +195,6 @@ def excluded_linears(arch: FluxArchitecture, patterns: tuple[str, ...]) -> froze
     return frozenset(name for name in matched if name.startswith(_BLOCKS))
 
 
-def check_amax(arch: FluxArchitecture, input_amax: Mapping[str, float]) -> None:
-    """Raises `InvalidOption` for an amax of a layer that the model has not, or that no scale can be made from."""
-    foreign = sorted(set(input_amax) - set(block_linears(arch)))
-    if foreign:
-        raise InvalidOption(
-            f"The calibrated ranges are of another model: they name {foreign[0]}, which this one has not "
-            f"({len(foreign)} such names).",
-            expected=f"This model has {arch.double_depth} double and {arch.single_depth} single blocks.",
-            fix="Calibrate this model, or load the scales that were made with it.",
-        )
-    for name, amax in input_amax.items():
-        if not (math.isfinite(amax) and amax > 0):
-            raise InvalidOption(
-                f"Calibration saw a largest input of {amax} in {name}.",
-                expected="A scale needs a finite number above zero.",
-                fix="Calibrate with real inputs: prompts, or calls recorded from a run that gave good pictures.",
-            )
-
-
 def check_recipe(recipe: Fp8Recipe, arch: FluxArchitecture) -> None:
     """Raises `InvalidOption` for a recipe that was not made for a model of these numbers, or is incomplete."""
     foreign = sorted(recipe.linears - set(block_linears(arch)))
@@ -206,10 +205,21 @@ def check_recipe(recipe: Fp8Recipe, arch: FluxArchitecture) -> None:
             fix="Calibrate this model, or load the recipe that was made with it.",
         )
     check_amax(arch, recipe.input_amax)
+    check_means(arch, recipe.input_mean)
     if recipe.config.activations is Activations.DYNAMIC:
-        _refuse_amax(recipe.input_amax)
+        refuse_amax(recipe.input_amax)
     else:
-        _require_complete(recipe.activation_linears, recipe.input_amax)
+        require_every_amax(recipe.activation_linears, recipe.input_amax)
+    refuse_other_means(recipe.activation_linears, recipe.input_mean)
+    require_every_mean(recipe.activation_linears, recipe.input_mean)
+
+
+def same_recipe(one: Fp8Recipe | None, other: Fp8Recipe | None) -> bool:
+    """Whether two recipes make the same weights and biases: equal, mean inputs included, to the bit."""
+    if one is None or other is None or one is other:
+        return one is other
+    mine, theirs = one.input_mean, other.input_mean
+    return one == other and mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
 
 
 def left_in_bf16(arch: FluxArchitecture, recipe: Fp8Recipe) -> tuple[str, ...]:
@@ -246,26 +256,6 @@ def _require_member(enum: type[Enum], value: object, option: str) -> None:
     if not isinstance(value, enum):
         allowed = ", ".join(str(member) for member in enum)
         raise InvalidOption(f"{option}={value!r} does not exist.", expected=f"Use {allowed}.", widget=option)
-
-
-def _refuse_amax(input_amax: Mapping[str, float] | None) -> None:
-    if input_amax:
-        raise InvalidOption(
-            "Calibrated ranges were given, but activations are dynamic: they measure themselves at each call.",
-            fix="Leave the ranges out, or choose static activations.",
-            widget="activations",
-        )
-
-
-def _require_complete(needed: frozenset[str], input_amax: Mapping[str, float]) -> None:
-    missing = sorted(needed - set(input_amax))
-    if missing:
-        raise InvalidOption(
-            "Static activations need a calibrated range for each layer, and "
-            f"{len(missing)} of {len(needed)} have none; the first is {missing[0]}.",
-            fix="Calibrate the model, or choose dynamic activations, which need no calibration.",
-            widget="activations",
-        )
 
 
 def _matches_nothing(pattern: str, words: list[str]) -> InvalidOption:

@@ -40,9 +40,10 @@ def is_modelopt_quantized(model: nn.Module) -> bool:
 def modelopt_recipe(model: nn.Module, arch: FluxArchitecture, headroom: float = 2.0) -> Fp8Recipe:
     """The recipe that a ModelOpt-quantized diffusers transformer stands for; the model is not changed.
 
-    Static where ModelOpt calibrated inputs, else dynamic; per row where a weight's scale is per channel. A linear that
-    ModelOpt left in bf16 is excluded, a fused one when any of its parts is, and all of them are logged as a warning:
-    ModelOpt's default config leaves out every `proj_out`, a seventh of FLUX's arithmetic.
+    Static where ModelOpt calibrated inputs, else dynamic; per row where a weight's scale is per channel; without mean
+    inputs, of which ModelOpt has none. A linear that ModelOpt left in bf16 is excluded, a fused one when any of its
+    parts is, and all of them are logged as a warning: ModelOpt's default config leaves out every `proj_out`, a seventh
+    of FLUX's arithmetic.
 
     Raises:
         UnsupportedModel: another format than FP8 E4M3, scales per block of channels, SmoothQuant or AWQ.

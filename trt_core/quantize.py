@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import Calibration, collect_input_amax, counted, feed_of, require_calls
+from .calibration import Calibration, collect_input_ranges, counted, feed_of, require_calls
 from .diffusers_adapter import architecture_of, flux_class, restore_transformer
 from .errors import InvalidOption, MissingDependency, UnsupportedModel
 from .flux.architecture import FluxArchitecture
@@ -56,10 +56,11 @@ def quantize_fp8_(
 
     model: a diffusers FLUX pipeline or its transformer. One that ModelOpt quantized brings its own recipe along.
     config: layers and kinds of scales; None is per row with dynamic scales, which needs no data.
-    calibration: for static scales: prompts (needs a pipeline), recorded calls, or a function of the transformer.
+    calibration: for static scales and for the correction of biases: prompts (needs a pipeline), recorded calls, or a
+        function of the transformer. Dynamic scales need none; with it, the recipe has the mean inputs alone.
     recipe: one from before (`load_recipe(path, flux_architecture(pipe))`), in place of `config` and `calibration`.
     progress: None shows a bar in the terminal.
-    allow_few: accept ranges from a single call.
+    allow_few: accept what a single call shows.
 
     Raises `InvalidOption` for options or data that do not fit, `UnsupportedModel` for another or an already quantized
     model, `BuildCancelled`; the transformer has no recipe then.
@@ -72,11 +73,12 @@ def quantize_fp8_(
         check_recipe(recipe, arch)
     elif is_modelopt_quantized(transformer):
         recipe = _from_modelopt(transformer, arch, config, calibration)
-    elif (config or Fp8Config()).activations is Activations.DYNAMIC:
-        recipe = _dynamic(arch, config or Fp8Config(), calibration)
+    elif calibration is None:
+        recipe = _uncalibrated(arch, config or Fp8Config())
     _restore_if_compiled(transformer)
     if recipe is None:
-        recipe = _calibrated(model, arch, config, calibration, progress or TerminalProgress(), allow_few)
+        progress = progress or TerminalProgress()
+        recipe = _calibrated(model, arch, config or Fp8Config(), calibration, progress, allow_few)
     attach_recipe(transformer, recipe)
     return recipe
 
@@ -103,7 +105,8 @@ def calibrate_with_modelopt(
     """The static recipe from ModelOpt's `max` calibration, for `quantize_fp8_(model, recipe=...)`.
 
     ModelOpt converts a copy of the transformer that shares its weights, so the model itself stays as it is; it must lie
-    on its device as a whole. `config` is static, per row by default.
+    on its device as a whole. It collects no mean inputs, so this recipe corrects no bias; that of `quantize_fp8_` with
+    calibration does. `config` is static, per row by default.
 
     Raises `MissingDependency` without ModelOpt, and what `quantize_fp8_` raises.
     """
@@ -145,27 +148,24 @@ def flux_architecture(model: Any) -> FluxArchitecture:
     return architecture_of(flux_transformer(model))
 
 
-def _dynamic(arch: FluxArchitecture, config: Fp8Config, calibration: Calibration | None) -> Fp8Recipe:
-    if calibration is not None:
-        raise _needs_no_calibration()
-    return plan_recipe(arch, config)
-
-
-def _calibrated(
-    model: Any, arch: FluxArchitecture, config: Fp8Config | None, calibration: Calibration | None,
-    progress: Progress, allow_few: bool,
-) -> Fp8Recipe:  # fmt: skip
-    config = config or Fp8Config()
-    if calibration is None:
+def _uncalibrated(arch: FluxArchitecture, config: Fp8Config) -> Fp8Recipe:
+    if config.activations is Activations.STATIC:
         raise InvalidOption(
             "Static activations need calibration, and none was given.",
             fix="Pass calibration=[prompt, ...] with the pipeline, load a saved recipe, or choose dynamic activations.",
             widget="calibration",
         )
+    return plan_recipe(arch, config)
+
+
+def _calibrated(
+    model: Any, arch: FluxArchitecture, config: Fp8Config, calibration: Calibration, progress: Progress, allow_few: bool
+) -> Fp8Recipe:
     excluded_linears(arch, config.exclude)  # a mistyped pattern is said before minutes of calibration
     feed = feed_of(calibration, model)
-    amax = collect_input_amax(flux_transformer(model), arch, feed, progress, allow_few=allow_few)
-    return plan_recipe(arch, config, amax)
+    found = collect_input_ranges(flux_transformer(model), arch, feed, progress, allow_few=allow_few)
+    amax = found.amax if config.activations is Activations.STATIC else None
+    return plan_recipe(arch, config, amax, found.mean)
 
 
 def _from_modelopt(
@@ -212,8 +212,9 @@ def _refuse_beside_recipe(config: Fp8Config | None, calibration: Calibration | N
         given = "config" if config is not None else "calibration"
         raise InvalidOption(
             f"Both recipe and {given} were given.",
-            expected="A recipe holds its config and its calibrated ranges.",
-            fix=f"Leave {given} out; replan with plan_recipe(arch, config, recipe.input_amax) to change a recipe.",
+            expected="A recipe holds its config and its calibrated ranges and means.",
+            fix=f"Leave {given} out; to change a recipe, replan with plan_recipe(arch, config, recipe.input_amax, "
+            "recipe.input_mean).",
         )
 
 
@@ -250,7 +251,8 @@ def _import_modelopt() -> ModuleType:
 
 def _needs_no_calibration() -> InvalidOption:
     return InvalidOption(
-        "Calibration was given, but dynamic scales need none: activations are measured at each call.",
-        fix="Leave calibration out, or choose Activations.STATIC.",
+        "ModelOpt calibrates ranges, and dynamic scales need none: activations are measured at each call.",
+        fix="Choose Activations.STATIC, or pass calibration to quantize_fp8_(), which finds mean inputs for dynamic "
+        "scales as well.",
         widget="activations",
     )

@@ -49,16 +49,20 @@ def quantized(
 ) -> tuple[Any, Measured]:
     """A clone of the patcher with a recipe, and what quantizing costs and saves.
 
+    With a calibration, static activations get their ranges, and either kind the mean inputs that correct biases.
+
     Raises `UnsupportedModel` or `InvalidOption`; a mistyped pattern is said before minutes of calibration.
     """
     weights.require_flux(patcher)
     _refuse_quantized(patcher)
     arch, progress = weights.architecture(weights.flux_of(patcher)), NodeProgress(node_id)
     excluded_linears(arch, config.exclude)
-    seen = None
-    if config.activations is Activations.STATIC:
-        seen = calibrated(patcher, _required(calibration), progress)
-    recipe = plan_recipe(arch, config, seen and seen.amax)
+    static = config.activations is Activations.STATIC
+    if static:
+        _require_conditioning(calibration)
+    seen = calibration and calibrated(patcher, calibration, progress)
+    amax = seen.inputs.amax if seen and static else None
+    recipe = plan_recipe(arch, config, amax, seen and seen.inputs.mean)
     found = measured(patcher, recipe, seen, progress)
     clone = patcher.clone()
     clone.set_attachments(KEY, Quantized(recipe, copy_of(patcher, recipe)))
@@ -130,11 +134,10 @@ def _refuse_quantized(patcher: Any) -> None:
             )  # fmt: skip
 
 
-def _required(calibration: Calibration | None) -> Calibration:
+def _require_conditioning(calibration: Calibration | None) -> None:
     if calibration is None:
         raise InvalidOption(
             "Static activations need calibration, and no conditioning is connected.",
             fix='Connect the prompt\'s CONDITIONING to "conditioning", or choose dynamic activations, which need none.',
             widget="conditioning",
         )
-    return calibration

@@ -12,8 +12,9 @@ import comfy.sample
 import torch
 from torch import Tensor, nn
 
-from ...trt_core.fp8_recipe import block_linears, check_amax, is_modulation
+from ...trt_core.fp8_recipe import block_linears, is_modulation
 from ...trt_core.host import Progress, stop_if_cancelled
+from ...trt_core.input_ranges import InputRanges, RunningRanges
 from . import weights
 
 _STAGE = "Calibrating FP8"
@@ -33,25 +34,22 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What layers saw, by BFL name: the largest absolute input, and some inputs [rows, in] of the last step."""
+    """What layers saw, by BFL name: the largest and the mean input, and some inputs [rows, in] of the last step."""
 
-    amax: dict[str, float]
+    inputs: InputRanges
     samples: dict[str, Tensor]
 
 
 def calibrated(patcher: Any, calibration: Calibration, progress: Progress) -> Seen:
     """The inputs of every block linear but modulations, LoRAs on the patcher included.
 
-    Raises `InvalidOption` where a layer saw NaN, infinity or nothing but zeros, `BuildCancelled` when cancelled.
+    Whether they are numbers that scales can be made of, `plan_recipe` says. Raises `BuildCancelled` when cancelled.
     """
     flux = weights.flux_of(patcher)
-    arch = weights.architecture(flux)
     watch = _Watch()
-    with watch.on(flux, [name for name in block_linears(arch) if not is_modulation(name)]):
+    with watch.on(flux, [name for name in block_linears(weights.architecture(flux)) if not is_modulation(name)]):
         _sample(patcher, calibration, progress)
-    amax = {name: float(largest) for name, largest in watch.amax.items()}
-    check_amax(arch, amax)
-    return Seen(amax, watch.samples)
+    return Seen(watch.running.ranges(), watch.samples)
 
 
 def _sample(patcher: Any, calibration: Calibration, progress: Progress) -> None:
@@ -77,10 +75,10 @@ def _latent(patcher: Any, given: Mapping[str, Any] | None) -> Tensor:
 
 
 class _Watch:
-    """Running maxima on the model's device: calibration runs at the model's own speed."""
+    """Collects the inputs of layers on the model's device."""
 
     def __init__(self) -> None:
-        self.amax: dict[str, Tensor] = {}
+        self.running = RunningRanges()
         self.samples: dict[str, Tensor] = {}
 
     @contextmanager
@@ -93,10 +91,7 @@ class _Watch:
                 handle.remove()
 
     def _see(self, name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        # aminmax allocates nothing of the input's size, and NaN survives it and maximum.
-        low, high = torch.aminmax(args[0])
-        amax = torch.maximum(low.abs(), high.abs()).float()
-        before = self.amax.get(name)
-        self.amax[name] = amax if before is None else torch.maximum(before, amax)
+        self.running.add_amax(name, args[0])
+        self.running.add_mean(name, args[0])
         rows = args[0].flatten(0, -2)
         self.samples[name] = rows[:: max(1, rows.shape[0] // _SAMPLE_ROWS)][:_SAMPLE_ROWS].clone()

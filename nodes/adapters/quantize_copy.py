@@ -45,7 +45,8 @@ class Fp8Copy:
 
 
 def copy_of(patcher: Any, recipe: Fp8Recipe) -> Fp8Copy:
-    """The copy for a recipe, the one from before where it is the same."""
+    """The copy for a recipe, the one from before where it is the same. Mean inputs do not count: a copy's biases are as
+    they are in the model."""
     found = _copies.get(patcher.model)
     if found is None or found.recipe != recipe:
         found = _copies[patcher.model] = Fp8Copy(recipe)

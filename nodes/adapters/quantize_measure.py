@@ -61,7 +61,7 @@ class Measured:
     own_format: Error = field(default_factory=Error)
     """Of the weights with one scale per layer, as ComfyUI's own format has it."""
     outputs: Error = field(default_factory=Error)
-    """Of single layers on calibrated inputs; empty without calibration."""
+    """Of single layers on calibrated inputs, before biases are corrected; empty without calibration."""
 
     def lines(self) -> list[str]:
         config = self.recipe.config
@@ -71,6 +71,8 @@ class Measured:
             f"{_size(self.before_bytes)} before, {_size(self.after_bytes)} after",
             f"error of the weights: {self.weights.words()}",
         ]
+        if self.recipe.input_mean:
+            lines.append("TRT Compile Transformer takes the mean error of rounded weights out of biases")
         if self.outputs.value:
             lines.append(f"error of layers' outputs: {self.outputs.words()}")
         if self.plain:

@@ -19,7 +19,7 @@ import torch
 from ...trt_core import host_slabs
 from ...trt_core.config import BaseWeights, CompileConfig
 from ...trt_core.errors import OutOfMemory
-from ...trt_core.fp8_recipe import Fp8Recipe
+from ...trt_core.fp8_recipe import Fp8Recipe, same_recipe
 from ...trt_core.fp8_weights import base_place
 from ...trt_core.host import Progress, stop_if_cancelled
 from ...trt_core.mutable_module import MutableTRTModule
@@ -131,7 +131,7 @@ class Resident:
     def use(self, recipe: Fp8Recipe | None) -> None:
         """Weights of another recipe are let go of; the next load binds this one's. None: the weights as they are."""
         recipe = recipe or self.given
-        if recipe == self.recipe:
+        if same_recipe(recipe, self.recipe):
             return
         if recipe is not None:
             require_fp8_products(self.device)

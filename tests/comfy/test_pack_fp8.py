@@ -17,6 +17,8 @@ from tests.comfy.tensors import relative_error
 
 pytestmark = pytest.mark.comfy
 
+CORRECTED = "takes the mean error of rounded weights out of biases"
+
 
 def reference(server: Server, lora: str | None = None) -> torch.Tensor:
     graph = FluxGraph()
@@ -138,6 +140,28 @@ def test_static_activations(server: Server, compile_: bool) -> None:
     latent, said = run(server, graph, graph.sample(model, graph.text()), node)
     assert in_fp8(relative_error(latent, reference(server)))
     assert "error of layers' outputs" in said.text
+    assert CORRECTED in said.text
+
+
+@pytest.mark.parametrize("compile_", [True, False])
+def test_dynamic_activations_with_conditioning(server: Server, compile_: bool) -> None:
+    """A picture is sampled for mean inputs, and no range is made of it."""
+    graph = FluxGraph()
+    node = fp8(graph, graph.unet(), conditioning=graph.text(seed=4), latent=graph.empty_latent())
+    model = compiled(graph, node) if compile_ else node
+    latent, said = run(server, graph, graph.sample(model, graph.text()), node)
+    assert in_fp8(relative_error(latent, reference(server)))
+    assert "dynamic activations" in said.text
+    assert CORRECTED in said.text
+    assert "error of layers' outputs" in said.text
+
+
+def test_dynamic_activations_without_conditioning_sample_nothing(server: Server) -> None:
+    graph = FluxGraph()
+    node = fp8(graph, graph.unet())
+    _, said = run(server, graph, graph.sample(node, graph.text()), node)
+    assert CORRECTED not in said.text
+    assert "error of layers' outputs" not in said.text
 
 
 @pytest.mark.parametrize(("strength", "warned"), [(1.0, False), (60.0, True)])

@@ -71,6 +71,21 @@ def test_a_lora_before_the_node_makes_no_second_copy(server: Server) -> None:
     assert "Quantizing to FP8" not in stages[1]
 
 
+def test_weights_are_bound_anew_where_only_mean_inputs_differ(server: Server) -> None:
+    """Biases made with other means would stay otherwise: recipes with and without them are equal to `==`."""
+    server.free()
+    loads = []
+    for conditioned in (False, False, True, False):
+        with server.events() as events:
+            graph = FluxGraph()
+            options = {"conditioning": graph.text(seed=4), "latent": graph.empty_latent()} if conditioned else {}
+            node = compiled(graph, fp8(graph, graph.unet(), **options))
+            server.latent(graph, graph.sample(node, graph.text()))
+            events.wait_for(lambda event: event.kind == "executing" and event.data["node"] is None)
+            loads.append("Loading weights" in "".join(events.texts(node.node_id)))
+    assert loads == [True, False, True, True]
+
+
 def cancelled_at(server: Server, graph: FluxGraph, stage: str) -> None:
     with server.events() as events:
         prompt_id = server.queue(graph)

@@ -66,8 +66,10 @@ def fused_layers(model: FluxTransformer2DModel) -> dict[str, list[nn.Linear]]:
     }
 
 
-def layer_inputs(model: FluxTransformer2DModel, calls: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Everything that went into each layer over some calls, [rows, in]."""
+def layer_inputs(
+    model: FluxTransformer2DModel, calls: Iterable[Mapping[str, Any]], which: int = 0
+) -> dict[str, Tensor]:
+    """Everything that went into each layer over some calls, [rows, in], seen at one of diffusers' layers for it."""
     seen: dict[str, list[Tensor]] = {}
     handles = []
     for name, layers in fused_layers(model).items():
@@ -75,7 +77,7 @@ def layer_inputs(model: FluxTransformer2DModel, calls: Iterable[Mapping[str, Any
         def note(layer: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
             seen.setdefault(name, []).append(args[0].detach().flatten(0, -2))
 
-        handles.append(layers[0].register_forward_pre_hook(note))
+        handles.append(layers[which].register_forward_pre_hook(note))
     for call in calls:
         run_diffusers(model, call)
     for handle in handles:

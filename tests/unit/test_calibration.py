@@ -1,8 +1,9 @@
-"""Calibration on tiny real models: against a count by hand and against ModelOpt, and what it refuses."""
+"""Ranges from calibration on tiny real models: against a count by hand and against ModelOpt, and what it refuses."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 
 from demo.checkpoint import write_tiny_pipeline
 from tests.unit.tiny_flux import call_inputs, run_diffusers, tiny_transformer
-from trt_core.calibration import PromptCalibration, collect_input_amax, feed_of, record_calls
+from trt_core.calibration import PromptCalibration, collect_input_ranges, feed_of, record_calls
 from trt_core.errors import BuildCancelled, InvalidOption
 from trt_core.flux.architecture import FluxArchitecture
-from trt_core.fp8_recipe import block_linears, diffusers_linears, is_modulation
+from trt_core.fp8_recipe import Activations, Fp8Config, block_linears, diffusers_linears, is_modulation
 from trt_core.host import Silent
+from trt_core.quantize import quantize_fp8_
+
+STATIC = Fp8Config(activations=Activations.STATIC)
 
 
 class Seen:
@@ -43,9 +47,9 @@ def samples(model: FluxTransformer2DModel, number: int = 3) -> list[dict[str, An
     return [call_inputs(model, seed=seed, height=3 + seed, width=4) for seed in range(number)]
 
 
-def calibrate(model: FluxTransformer2DModel, calibration: Any, pipe: Any = None, **options: Any) -> dict[str, float]:
+def calibrate(model: FluxTransformer2DModel, calibration: Any, pipe: Any = None, **options: Any) -> Mapping[str, float]:
     progress = options.pop("progress", Silent())
-    return collect_input_amax(model, architecture(model), feed_of(calibration, pipe), progress, **options)
+    return collect_input_ranges(model, architecture(model), feed_of(calibration, pipe), progress, **options).amax
 
 
 def hooks_of(model: nn.Module) -> int:
@@ -141,14 +145,14 @@ def test_recorded_calls_give_what_the_run_gave(pipeline: FluxPipeline) -> None:
 
 
 def test_prompts_and_seeds_matter_and_repeat(pipeline: FluxPipeline) -> None:
-    def ranges(*prompts: str, seed: int = 0) -> dict[str, float]:
+    def of(*prompts: str, seed: int = 0) -> Mapping[str, float]:
         wanted = PromptCalibration(prompts, steps=2, height_px=64, width_px=64, txt_tokens=16, seed=seed)
         return calibrate(pipeline.transformer, wanted, pipeline)
 
-    first = ranges("a cat")
-    assert ranges("a cat") == first
-    assert ranges("a red house") != first
-    assert ranges("a cat", seed=5) != first
+    first = of("a cat")
+    assert of("a cat") == first
+    assert of("a red house") != first
+    assert of("a cat", seed=5) != first
 
 
 def test_progress_counts_the_calls_and_ends(pipeline: FluxPipeline) -> None:
@@ -182,21 +186,27 @@ def test_hooks_of_others_stay() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_inputs_that_are_no_numbers_name_a_layer(value: float) -> None:
+@pytest.mark.parametrize(
+    ("config", "words"), [(STATIC, "largest input of (nan|inf)"), (Fp8Config(), "mean input of (nan|-?inf)")]
+)
+def test_inputs_that_are_no_numbers_name_a_layer(value: float, config: Fp8Config, words: str) -> None:
     model, calls = tiny_transformer(), samples(tiny_transformer())
     calls[1]["hidden_states"][0, 0, 0] = value
-    with pytest.raises(InvalidOption, match=r"largest input of (nan|inf) in double_blocks\.0\.img_attn\.qkv"):
-        calibrate(model, calls)
+    with pytest.raises(InvalidOption, match=rf"{words} in double_blocks\.0\.img_attn\.qkv"):
+        quantize_fp8_(model, config, calibration=calls, progress=Silent())
     assert hooks_of(model) == 0
 
 
-def test_a_layer_that_saw_only_zeros_is_named() -> None:
+def test_a_layer_that_saw_only_zeros_is_named_where_it_needs_a_scale() -> None:
     model = tiny_transformer()
     with torch.no_grad():
         model.transformer_blocks[1].ff.net[0].proj.weight.zero_()
         model.transformer_blocks[1].ff.net[0].proj.bias.zero_()
     with pytest.raises(InvalidOption, match=r"largest input of 0.0 in double_blocks.1.img_mlp.2"):
-        calibrate(model, samples(model))
+        quantize_fp8_(model, STATIC, calibration=samples(model), progress=Silent())
+    means = quantize_fp8_(model, calibration=samples(model), progress=Silent()).input_mean
+    assert not means["double_blocks.1.img_mlp.2"].any()
+    assert means["double_blocks.1.img_mlp.0"].any()
 
 
 def test_one_call_is_too_few_unless_asked_for() -> None:

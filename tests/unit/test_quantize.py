@@ -26,6 +26,7 @@ from trt_core.fp8_recipe import (
     attached_recipe,
     block_linears,
     plan_recipe,
+    same_recipe,
 )
 from trt_core.host import Silent
 from trt_core.quantize import calibrate_with_modelopt, dequantize_, flux_architecture, quantize_fp8_
@@ -83,7 +84,7 @@ def test_static_from_prompts_through_a_pipeline(pipe: FluxPipeline, tmp_path: Pa
     arch = flux_architecture(pipe)
     loaded = load_recipe(save_recipe(tmp_path / "scales.safetensors", recipe, arch), arch)
     dequantize_(pipe)
-    assert quantize_fp8_(pipe, recipe=loaded) == recipe
+    assert same_recipe(quantize_fp8_(pipe, recipe=loaded), recipe)
 
 
 def test_calibration_leaves_no_trace(model: FluxTransformer2DModel) -> None:
@@ -107,9 +108,14 @@ def test_dequantize_takes_it_off_again(model: FluxTransformer2DModel) -> None:
     assert dequantize_(model) is None
 
 
-def test_dynamic_refuses_calibration(model: FluxTransformer2DModel) -> None:
-    with pytest.raises(InvalidOption, match="dynamic scales need none"):
-        quantize_fp8_(model, calibration=samples(model))
+def test_dynamic_takes_calibration_and_needs_none(model: FluxTransformer2DModel) -> None:
+    """For its mean inputs (`test_calibrated_means`); it has no ranges either way."""
+    assert not quantize_fp8_(model).input_mean
+    dequantize_(model)
+    recipe = quantize_fp8_(model, calibration=samples(model), progress=Silent())
+    assert attached_recipe(model) is recipe
+    assert recipe.input_mean
+    assert not recipe.input_amax
 
 
 def test_static_needs_calibration(model: FluxTransformer2DModel) -> None:
@@ -117,12 +123,13 @@ def test_static_needs_calibration(model: FluxTransformer2DModel) -> None:
         quantize_fp8_(model, STATIC)
 
 
-def test_a_mistyped_pattern_is_said_before_calibration(model: FluxTransformer2DModel) -> None:
+@pytest.mark.parametrize("activations", Activations)
+def test_a_mistyped_pattern_is_said_before_calibration(model: FluxTransformer2DModel, activations: Activations) -> None:
     calls: list[int] = []
     with pytest.raises(InvalidOption, match="matches no layer"):
         quantize_fp8_(
             model,
-            Fp8Config(activations=Activations.STATIC, exclude=("nothing",)),
+            Fp8Config(activations=activations, exclude=("nothing",)),
             calibration=lambda m: calls.append(1),
         )
     assert not calls
@@ -206,6 +213,8 @@ class TestWithModelOpt:
         dequantize_(model)
         theirs = calibrate_with_modelopt(model, samples(model), config, progress=Silent())
         assert theirs == ours
+        assert ours.input_mean, "ModelOpt collects none"
+        assert not theirs.input_mean
         assert quantize_fp8_(model, recipe=theirs) == ours
 
     def test_its_calibration_leaves_the_model_plain(self, model: FluxTransformer2DModel) -> None:
@@ -243,7 +252,7 @@ class TestWithModelOpt:
             calibrate_with_modelopt(model, calls, progress=Silent())
 
     def test_dynamic_is_refused(self, model: FluxTransformer2DModel) -> None:
-        with pytest.raises(InvalidOption, match="dynamic scales need none"):
+        with pytest.raises(InvalidOption, match="ModelOpt calibrates ranges, and dynamic scales need none"):
             calibrate_with_modelopt(model, samples(model), Fp8Config())
 
     def test_a_model_it_quantized_brings_its_recipe(self) -> None:
