@@ -10,9 +10,7 @@ that say most come first.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +18,8 @@ from torch import Tensor
 
 from . import model as models
 from .fake_quant import FakeAttention, fake_quantized
-from .fp8_calls import at, attention_is_fp8, call, cosine, exact, same_bits
+from .fp8_calls import attention_is_fp8, call, cosine, exact, same_bits
+from .fp8_euler import ExactWay, euler_line, other_calls
 from .fp8_lines import TINY, TINY_PX, TINY_TEXT_TOKENS, Line, device_of, parser, write
 from .fp8_loras import lora_gain_lines, lora_names, lora_switch_line
 from .process import relative
@@ -28,7 +27,6 @@ from .progress import Progress
 from .wide import widened
 
 BRANCH_GAIN = 0.05
-STEPS = 20
 
 
 # -- one call ----------------------------------------------------------------------------------------------------------
@@ -66,75 +64,6 @@ def refill(model: Any, adversarial: bool) -> None:
     models.fill(model, adversarial, BRANCH_GAIN)
 
 
-# -- 20 steps ----------------------------------------------------------------------------------------------------------
-
-Velocity = Callable[[Tensor, float], Tensor]
-"""(latent in fp32, sigma) to the model's output in fp32."""
-
-
-def trajectory(velocity: Velocity, start: Tensor) -> list[Tensor]:
-    """The latent after each Euler step from sigma 1 to 0."""
-    latents, sigmas = [start], [1 - step / STEPS for step in range(STEPS + 1)]
-    for sigma, following in itertools.pairwise(sigmas):
-        latents.append(latents[-1] + (following - sigma) * velocity(latents[-1], sigma))
-    return latents[1:]
-
-
-def euler_line(ours: Any, wide: Any, arguments: dict[str, Tensor]) -> Line:
-    """FP8's way beside fp32's; beside it the simulation's, and fp32's with white noise of FP8's mean error of one call.
-
-    Where the errors of the steps resemble each other, as those of rounded weights do, they add up faster than noise.
-    """
-
-    def in_fp32(latent: Tensor, sigma: float) -> Tensor:
-        # Times as a host rounds them; the latent is not rounded here.
-        return call(wide, {**exact(at(arguments, latent, sigma)), "hidden_states": latent})
-
-    def in_fp8(latent: Tensor, sigma: float) -> Tensor:
-        return call(ours, at(arguments, latent, sigma)).float()
-
-    start, errors = arguments["hidden_states"].float(), []
-
-    def compared(latent: Tensor, sigma: float) -> Tensor:
-        truth = in_fp32(latent, sigma)
-        errors.append(relative(in_fp8(latent, sigma), truth))
-        return truth
-
-    truth = trajectory(compared, start)
-
-    def curve(velocity: Velocity) -> list[float]:
-        return [relative(x, t) for x, t in zip(trajectory(velocity, start), truth, strict=True)]
-
-    noise = curve(noisy(in_fp32, sum(errors) / len(errors)))
-    fp8 = curve(in_fp8)
-    with fake_quantized(wide), FakeAttention() if attention_is_fp8(ours) else nullcontext():
-        simulated = curve(in_fp32)
-    return {"kind": "euler", "steps": STEPS, "step_errors": errors, **curves(fp8, noise, simulated)}
-
-
-def noisy(velocity: Velocity, error: float) -> Velocity:
-    """The same with white noise whose norm is `error` of the output's."""
-
-    def disturbed(latent: Tensor, sigma: float) -> Tensor:
-        truth, generator = velocity(latent, sigma), torch.Generator(latent.device)
-        generator.manual_seed(round(sigma * STEPS))
-        white = torch.randn(truth.shape, generator=generator, device=truth.device)
-        return truth + white * (error * truth.norm() / white.norm())
-
-    return disturbed
-
-
-def curves(fp8: Sequence[float], noise: Sequence[float], simulated: Sequence[float]) -> Line:
-    """Relative errors of the latent after each step, and FP8's as multiples of the others'."""
-    line: Line = {"latent_errors": list(fp8), "noise_errors": list(noise), "simulated_errors": list(simulated)}
-    for name, other in (("noise", noise), ("simulated", simulated)):
-        ratios = [one / two for one, two in zip(fp8, other, strict=True)]
-        line |= {f"last_ratio_to_{name}": ratios[-1], f"largest_ratio_to_{name}": max(ratios)}
-    # From the first step to the last, in multiples of white noise's: 1 where the errors of steps are independent.
-    growth = noise[-1] / noise[0]
-    return {**line, "growth": fp8[-1] / fp8[0] / growth, "simulated_growth": simulated[-1] / simulated[0] / growth}
-
-
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +99,20 @@ def measure(
         yield lora_switch_line(ours, arguments)
     ours.delete_adapters(lora_names())
     with progress.phase("20 steps"):
-        yield euler_line(ours, wide, arguments)
+        way = ExactWay.of(wide, arguments)
+        yield euler_line(ours, way, simulate=True)
+    with progress.phase("20 steps, biases corrected"):
+        ours = corrected(ours, arguments, options)
+        yield {**euler_line(ours, way), "corrected": True}
+
+
+def corrected(ours: Any, arguments: dict[str, Tensor], options: dict[str, Any]) -> Any:
+    """The model anew, calibrated on calls that are not among the measured ones."""
+    import trt_core
+
+    trt_core.dequantize_(ours)
+    trt_core.quantize_fp8_(ours, calibration=other_calls(arguments))
+    return trt_core.compile_transformer(ours, base_weights="gpu", **options)
 
 
 def main() -> None:

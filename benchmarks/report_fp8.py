@@ -5,7 +5,7 @@ from __future__ import annotations
 from .lines import Line
 from .report_tables import latest, number, stack, table
 
-_KEYS = ("kind", "weights", "delta", "budget_gb")
+_KEYS = ("kind", "weights", "delta", "budget_gb", "corrected")
 _QUALITY = ("what", "error to fp32", "cosine", "to the simulation's error", "run")
 _BUDGET = ("limit, GB", "tensors at most, GB", "ms per step", "first call, s", "first LoRA, s", "LoRA switch, ms",
            "bases in host memory, GB", "run")  # fmt: skip
@@ -31,8 +31,10 @@ def _forward_rows(line: Line) -> list[tuple[str, ...]]:
 
 def _euler_rows(line: Line) -> list[tuple[str, ...]]:
     last = f"{line['latent_errors'][-1]:.4f}"
-    name = f"the latent after {line['steps']} Euler steps ({line['last_ratio_to_noise']:.2f} times white noise's)"
-    return [(name, last, "", f"{line['last_ratio_to_simulated']:.2f}", line["run"])]
+    biases = ", biases corrected" if line.get("corrected") else ""
+    noise = f"{line['last_ratio_to_noise']:.2f} times white noise's"
+    name = f"the latent after {line['steps']} Euler steps{biases} ({noise})"
+    return [(name, last, "", number(line, "last_ratio_to_simulated", 1, ".2f"), line["run"])]
 
 
 def _gain_rows(line: Line) -> list[tuple[str, ...]]:

@@ -13,7 +13,7 @@ from .execution import BlockWeights
 from .flux.architecture import FluxArchitecture
 from .flux.catalogue import BlockKind
 from .flux.fp8_attention import logit_noise
-from .flux.precision import PLAIN, Precision
+from .flux.precision import CORRECTED_BIAS, PLAIN, Precision
 from .flux.weights import DOUBLE_OUT, DOUBLE_QKV, SINGLE_OUT, SINGLE_QKV_MLP
 from .fp8_recipe import Activations, Fp8Recipe, Granularity
 
@@ -91,7 +91,11 @@ def _precision(recipe: Fp8Recipe, block: str, quiet: bool) -> Precision:
 def _weights(
     tensors: Mapping[str, Tensor], block: str, precision: Precision, before: tuple[str, ...], after: tuple[str, ...]
 ) -> BlockWeights:
-    return BlockWeights(
-        [tensors[block + name] for name in precision.inputs(before)],
-        [tensors[block + name] for name in precision.inputs(after)],
-    )
+    return BlockWeights(*([_read(tensors, block + n) for n in precision.inputs(names)] for names in (before, after)))
+
+
+def _read(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """The tensor that a block reads under this name."""
+    layer, _, kind = name.rpartition(".")
+    corrected = tensors.get(f"{layer}.{CORRECTED_BIAS}") if kind == "bias" else None
+    return tensors[name] if corrected is None else corrected

@@ -47,6 +47,8 @@ class Bound:
     device: torch.device
     double: tuple[Precision, ...]
     single: tuple[Precision, ...]
+    corrected: bool = False
+    """Whether biases of FP8 layers are corrected at each merge."""
 
     @cached_property
     def pairs(self) -> list[tuple[Precision, Precision]]:
@@ -183,7 +185,8 @@ class Compilation:
             {kind: samples[kind, p] for kind, p in zip(BlockKind, precisions, strict=True) if (kind, p) in samples},
         )  # fmt: skip
         # Before there is anything that a cancel would have to close.
-        low_rank_merge.prepare(bound.device, bound.dtype, any(p.fp8 for p in precisions), progress)
+        with_fp8 = any(p.fp8 for p in precisions)
+        low_rank_merge.prepare(bound.device, bound.dtype, with_fp8, progress, bound.corrected)
         plan, segments = PlanSearch(compiler, self._config, layout).run()
         compiled = CompiledBlocks.of(plan, segments)
         if (before := self._compiled.pop(key, None)) is not None:

@@ -68,13 +68,14 @@ def show_base(binding: DiffusersBinding) -> Callable[[str, Tensor], None]:
 
 
 class ChangedBases:
-    """Bases of FP8 layers that somebody changed in place: what segments read is a rounded copy of them.
+    """Bases of FP8 layers, and biases that are corrected, that somebody changed in place: segments read copies of them.
 
     A change through `.data` or of the memory behind it cannot be seen; one through the parameter itself can.
     """
 
     def __init__(self, slots: Sequence[Slot], recipe: Fp8Recipe) -> None:
-        self._slots = [slot for slot in slots if recipe.quantizes(slot.name)]
+        copied = (recipe.quantizes, recipe.corrects)
+        self._slots = [slot for slot in slots if any(is_copied(slot.name) for is_copied in copied)]
         self._versions = self._now()
 
     def changed(self) -> list[str]:

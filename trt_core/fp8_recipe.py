@@ -119,6 +119,11 @@ class Fp8Recipe:
         layer, _, kind = weight.rpartition(".")
         return kind == "weight" and layer in self.linears
 
+    def corrects(self, bias: str) -> bool:
+        """Whether `bias` ("double_blocks.0.img_attn.qkv.bias") is that of a layer whose mean input is known."""
+        layer, _, kind = bias.rpartition(".")
+        return kind == "bias" and layer in self.input_mean
+
     def input_limit(self, name: str) -> float:
         """The largest input of a layer that its static scale can hold; `InvalidOption` where the scale is dynamic."""
         if name not in self.input_amax:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .base_storage import GPU_RESERVE_BYTES, BaseSource, spare_gpu_bytes
+from .bias_correction import BiasCorrection
 from .config import BaseWeights
 from .flux import fp8, storage
 from .flux.architecture import FluxArchitecture
@@ -19,7 +20,7 @@ from .host_slabs import HostSlabs, piece_bytes
 from .lora.changes import Additive, Patch, merged
 from .low_rank_merge import Merges
 from .merge_table import Fp8Place
-from .quantized_weights import QuantizedWeights, scale_name
+from .quantized_weights import QuantizedWeights, layer_of, scale_name
 from .row_merge import disjoint
 from .weights import Patches
 
@@ -60,6 +61,7 @@ class Fp8Weights(QuantizedWeights):
         self._originals: dict[str, Tensor | None] = {}
         """None: read from the source."""
         self._matrices = self._originals
+        self._correction = BiasCorrection(recipe.input_mean, device)
         self._source, kept = source, source is None or not _is_better(source, place, device)
         # Their own: bases of an earlier binding may still be in use, as the parameters of a diffusers model.
         self._slabs, self._to_place_bytes = HostSlabs(), place.bytes
@@ -70,12 +72,15 @@ class Fp8Weights(QuantizedWeights):
                 tensors |= self._new(name, tensor, device)
                 base = self._placed(tensor, place.where, device) if kept else tensor
                 self._originals[name] = base if kept else None
-                self._quantize(tensor.to(device), (tensors[name], tensors[scale_name(name)]))
+                value, out = tensor.to(device), (tensors[name], tensors[scale_name(name)])
+                self._quantize(value, out)
+                self._correction.note_base(layer_of(name), value, *out)
             else:
                 tensors[name] = base = tensor.to(device)
             if placed is not None:
                 placed(name, base)
         super().__init__(tensors, place.where, HostSlabs())
+        self._written(self.tensors)
 
     def base(self, name: str) -> Tensor:
         return self._original(name) if name in self._originals else super().base(name)
@@ -104,27 +109,35 @@ class Fp8Weights(QuantizedWeights):
         return super().base_host_bytes + sum(t.nbytes for t in in_host)
 
     @torch.no_grad()
-    def quantize_again(self, names: Iterable[str]) -> None:
-        """Follows bases that somebody else changed in place; a refit does so for those that LoRAs touch."""
+    def quantize_again(self, names: Sequence[str]) -> None:
+        """Follows bases and biases that somebody else changed in place; a refit does so for those that LoRAs touch."""
         merges = Merges(self.device)
         for name in names:
             if name in self._originals and name not in self._merged:
                 self._write(name, (), merges)
+                if self._correction.of(layer_of(name)):
+                    base = self._original(name).to(self.device)
+                    self._correction.note_base(layer_of(name), base, *self._bound(name))
         merges.finish()
+        self._written(names)
+
+    def _written(self, names: Iterable[str]) -> None:
+        self._correction.apply(dict.fromkeys(name.rpartition(".")[0] for name in names), self.tensors)
 
     def _quantizes(self, name: str) -> bool:
-        exact = self._exact_modulations and is_modulation(name.removesuffix(".weight"))
+        exact = self._exact_modulations and is_modulation(layer_of(name))
         return self._recipe.quantizes(name) and not exact
 
     def _new(self, name: str, tensor: Tensor, device: torch.device) -> dict[str, Tensor]:
         """The bound tensors of one matrix, not yet written."""
-        modulation = is_modulation(name.removesuffix(".weight"))
+        modulation = is_modulation(layer_of(name))
         scales = storage.groups(tensor.shape[1]) if modulation else 1
         scale_shape = (tensor.shape[0], scales) if self._per_row or modulation else (1,)
         return {
             name: torch.empty(tensor.shape, dtype=storage.INT8 if modulation else fp8.FP8, device=device),
             scale_name(name): torch.empty(scale_shape, dtype=torch.float32, device=device),
             **self._input_scale(name, device),
+            **self._correction.new_bias(layer_of(name), tensor),
         }
 
     def _placed(self, tensor: Tensor, place: BaseWeights, device: torch.device) -> Tensor:
@@ -161,8 +174,16 @@ class Fp8Weights(QuantizedWeights):
         if self.tensors[name].dtype is storage.INT8:
             self._quantize(merged(base, patches) if patches else base, self._bound(name))
             return
-        if patches and self._per_row and merges.add_fp8(Fp8Place(*self._bound(name)), base, patches, lent):
+        place = Fp8Place(*self._bound(name), *self._correction.of(layer_of(name)))
+        if patches and self._per_row and merges.add_fp8(place, base, patches, lent):
             return
+        self._quantize_merged(name, base, patches)
+        if not patches:
+            self._correction.restore(layer_of(name))
+        elif place.mean is not None:
+            self._correction.note(layer_of(name), merged(base, patches), *self._bound(name))
+
+    def _quantize_merged(self, name: str, base: Tensor, patches: Patches) -> None:
         if not disjoint(patches):
             self._quantize(merged(base, patches), self._bound(name))
         elif self._per_row:
@@ -170,6 +191,15 @@ class Fp8Weights(QuantizedWeights):
                 self._quantize_rows(name, base, start, stop, patch)
         else:
             self._quantize(merged(base, patches) if patches else base, self._bound(name))
+
+    def _put(self, name: str, value: Tensor) -> None:
+        super()._put(name, value)
+        if name in self._originals:
+            self._correction.note(layer_of(name), value, *(tensor.to(value.device) for tensor in self._bound(name)))
+
+    def _put_base(self, name: str) -> None:
+        super()._put_base(name)
+        self._correction.restore(layer_of(name))
 
     def _quantize_rows(self, name: str, base: Tensor, start: int, stop: int, patch: tuple[Patch, float] | None) -> None:
         weight, scale = self._bound(name)

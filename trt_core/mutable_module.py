@@ -157,7 +157,8 @@ class MutableTRTModule:
         self._graphs.drop()
         weights, fp8 = self.weights, self._recipe
         precisions = BlockPrecisions.of(self.arch, fp8, weights.tensors)
-        self._bound = Bound(weights.dtype, weights.device, precisions.double, precisions.single)
+        corrected = fp8 is not None and bool(fp8.input_mean)
+        self._bound = Bound(weights.dtype, weights.device, precisions.double, precisions.single, corrected)
         self._double_weights, self._single_weights = precisions.weights(weights.tensors)
         self._samples = precisions.samples(self._double_weights, self._single_weights)
         self._ranges = RangeCheck.of(self.arch, fp8, precisions, weights.tensors)

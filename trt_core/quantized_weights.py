@@ -9,11 +9,12 @@ from torch import Tensor
 
 from .flux import fp8, storage
 from .flux.branches import Branches
-from .flux.precision import INPUT_SCALE, SCALE
+from .flux.precision import CORRECTED_BIAS, INPUT_SCALE, SCALE
 from .fp8_recipe import Fp8Recipe, Granularity, is_modulation
 from .low_rank import Span, low_rank_spans
 from .weights import BoundWeights, Patches, WeightPatches
 
+_MADE = (SCALE, INPUT_SCALE, CORRECTED_BIAS)
 MAX_BRANCH_RANK = 128
 """Of all LoRAs on one modulation together. At 128 they take 0.4 GB beside FLUX.1-dev; more are merged."""
 
@@ -42,11 +43,11 @@ class QuantizedWeights(BoundWeights):
 
     @property
     def base_names(self) -> list[str]:
-        """BFL names of the weights as they were given, without the scales."""
-        return [name for name in self.tensors if not name.endswith((f".{SCALE}", f".{INPUT_SCALE}"))]
+        """BFL names of the weights as they were given, without what was made beside them."""
+        return [name for name in self.tensors if name.rpartition(".")[2] not in _MADE]
 
     def readable(self, name: str) -> Tensor | None:
-        delta = None if self._branches is None else self._branches.delta(_layer(name))
+        delta = None if self._branches is None else self._branches.delta(layer_of(name))
         if name not in self._matrices:
             value = super().readable(name)
             return value if value is None or delta is None else (value.float() + delta).to(self._dtype)
@@ -71,7 +72,7 @@ class QuantizedWeights(BoundWeights):
 
     def _input_scale(self, name: str, device: torch.device) -> dict[str, Tensor]:
         """The bound scale of a matrix's input, where it is static."""
-        layer = name.removesuffix(".weight")
+        layer = layer_of(name)
         if layer not in self._recipe.input_amax:
             return {}
         return {f"{layer}.{INPUT_SCALE}": torch.full((1,), self._recipe.input_scale(layer), device=device)}
@@ -87,14 +88,14 @@ class QuantizedWeights(BoundWeights):
 
     def _spans(self, name: str, patches: Patches) -> list[Span] | None:
         """What is applied beside this weight; None where patches are merged into it."""
-        if not self._recipe.quantizes(name) or not is_modulation(_layer(name)):
+        if not self._recipe.quantizes(name) or not is_modulation(layer_of(name)):
             return None
         spans = low_rank_spans(self.tensors[name].shape, patches)
         return spans if spans is not None and _rank(spans) <= MAX_BRANCH_RANK else None
 
     def _apply_beside(self, new: Mapping[str, WeightPatches], changed: Collection[str]) -> None:
         found = {name: self._spans(name, patches.patches) for name, patches in new.items()}
-        beside = {_layer(name): spans for name, spans in found.items() if spans}
+        beside = {layer_of(name): spans for name, spans in found.items() if spans}
         shapes = {
             layer: (*self.tensors[f"{layer}.weight"].shape, _rank(spans)) for layer, spans in sorted(beside.items())
         }
@@ -133,7 +134,8 @@ def _rank(spans: Sequence[Span]) -> int:
     return sum(span.term.up.shape[1] for span in spans)
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
+    """The layer of a matrix, "double_blocks.0.img_attn.qkv"."""
     return name.removesuffix(".weight")
 
 

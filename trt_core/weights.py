@@ -132,6 +132,7 @@ class BoundWeights:
                 written.append(name)
                 self._write(name, patches, merges)
             merges.finish()
+            self._written(written)
             self._apply_beside(new, plan.merge)
             complete = True
         except torch.OutOfMemoryError as error:
@@ -180,6 +181,9 @@ class BoundWeights:
     def _apply_beside(self, new: Mapping[str, WeightPatches], changed: Collection[str]) -> None:
         """Applies what is not merged, where names are `changed`; with what was applied before, it undoes a refit."""
 
+    def _written(self, names: Collection[str]) -> None:
+        """Follows bound tensors that were just written."""
+
     def _note(self, plan: RefitPlan, new: Mapping[str, WeightPatches], writes: Mapping[str, Patches]) -> None:
         for name, patches in writes.items():
             if patches:
@@ -220,6 +224,7 @@ class BoundWeights:
             self._put(name, merged(base, [(patch.to("cpu"), strength) for patch, strength in before.patches]))
             # Another device may round otherwise: the next refit merges it anew, to the bits of a fresh one.
             self._applied[name] = WeightPatches(object(), before.patches)
+        self._written(written)
         self._apply_beside(self._applied, self._applied)
         for name in kept:
             self._give_back(name)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trt_core
-from benchmarks import fp8_budget, fp8_lines, fp8_loras, fp8_quality, model
+from benchmarks import fp8_budget, fp8_euler, fp8_lines, fp8_loras, fp8_quality, model
 from benchmarks.fake_quant import FakeAttention
 from benchmarks.fp8_calls import at, call, exact
 from benchmarks.process import relative
@@ -83,10 +83,10 @@ def test_steps_go_from_one_to_zero() -> None:
         sigmas.append(sigma)
         return latent
 
-    latents = fp8_quality.trajectory(velocity, start)
+    latents = fp8_euler.trajectory(velocity, start)
     assert (sigmas[0], sigmas[-1], len(sigmas)) == (1.0, pytest.approx(0.05), 20)
     assert torch.allclose(latents[-1], start * 0.95**20)
-    assert torch.allclose(fp8_quality.trajectory(lambda x, sigma: torch.ones(4), start)[-1], start - 1)
+    assert torch.allclose(fp8_euler.trajectory(lambda x, sigma: torch.ones(4), start)[-1], start - 1)
 
 
 class Disturbed:
@@ -109,7 +109,7 @@ def test_errors_that_repeat_are_told_from_noise(small: Any, fixed: bool) -> None
     """Independent errors add up to the noise's curve; the same error at each step to sqrt(20) of it."""
     wide = wide_copy(small)
     arguments = {n: v.float() for n, v in model.inputs(small, 1, 128, 128, 8).items()}
-    line = fp8_quality.euler_line(Disturbed(wide, 0.01, fixed), wide, arguments)
+    line = fp8_euler.euler_line(Disturbed(wide, 0.01, fixed), fp8_euler.ExactWay.of(wide, arguments))
     assert line["step_errors"] == pytest.approx([0.01] * 20, rel=1e-2)
     assert line["last_ratio_to_noise"] == pytest.approx(math.sqrt(20) if fixed else 1, rel=0.15)
     assert line["growth"] == pytest.approx(line["last_ratio_to_noise"], rel=0.15)
@@ -152,15 +152,18 @@ def test_a_single_bit_is_noticed(small: Any, tmp_path: Path) -> None:
 def test_every_kind_of_line(tmp_path: Path) -> None:
     options = {**OPTIONS, "cache_folder": str(tmp_path)}
     lines = list(fp8_quality.measure(CPU, 64, 8, options, SMALL))
-    assert [line["kind"] for line in lines] == ["forward"] * 2 + ["lora_gain"] * 3 + ["lora_switch", "euler"]
+    assert [line["kind"] for line in lines] == ["forward"] * 2 + ["lora_gain"] * 3 + ["lora_switch", "euler", "euler"]
     for gains in (line for line in lines if line["kind"] == "lora_gain"):
         assert len(set(gains["gains"])) == gains["loras"] == fp8_loras.LORAS[gains["delta"]], "each LoRA is another"
         assert min(gains["gains"]) < gains["gain"] < max(gains["gains"])
         assert 0 < gains["gain_standard_error"] < max(gains["gains"]) - min(gains["gains"])
-    plain, adversarial, *gains, switch, euler = lines
+    plain, adversarial, *gains, switch, euler, corrected = lines
     assert 0 < plain["eager_error"] < plain["error"] < adversarial["error"]
     assert plain["ratio_to_simulated"] == pytest.approx(1, abs=0.2)
     assert 0 < euler["largest_ratio_to_simulated"] < 5
+    assert [line.get("corrected") for line in (euler, corrected)] == [None, True]
+    assert corrected["latent_errors"] != euler["latent_errors"]
+    assert corrected["last_ratio_to_noise"] < 1.1 * euler["last_ratio_to_noise"]
     assert [line["delta"] for line in gains] == [0.005, 0.01, 0.05]
     assert gains[-1]["gain"] == pytest.approx(1, abs=0.3)
     same = {"different_weights": 0, "same_output": True}

@@ -14,6 +14,8 @@ from .linear import Fp8Weight, Weight
 
 SCALE, INPUT_SCALE = "weight_scale", "input_scale"
 """Names that ComfyUI's scaled FP8 checkpoints use, beside "weight"."""
+CORRECTED_BIAS = "corrected_bias"
+"""What an FP8 layer whose mean input is known reads in place of its "bias"."""
 
 
 @dataclass(frozen=True, slots=True)
