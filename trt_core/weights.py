@@ -82,6 +82,11 @@ class BoundWeights:
         return None
 
     @property
+    def bound_bytes(self) -> int:
+        """What the bound tensors take on the device; kept bases and `branches` come on top."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
     def branch_bytes(self) -> int:
         """What `branches` take on the device."""
         return 0 if self.branches is None else self.branches.bytes

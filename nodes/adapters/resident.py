@@ -116,17 +116,29 @@ class Resident:
         self._shapes = {name: tuple(weights.raw_base(patcher, key).shape) for name, key in self.names.items()}
         self.replaced_bytes = sum(weights.raw_base(patcher, key).nbytes for key in self.names.values())
         """What ComfyUI's own copy of the blocks would take on the GPU."""
-        self.companion = BoundPatcher(patcher, self.size_bytes, weakref.ref(self))
+        self.companion = BoundPatcher(patcher, self._expected_bytes(self._in_eight_bits()), weakref.ref(self))
         self.own_copy = OwnCopy(self.names, self.device, self.dtype, self.companion.spare_bytes)
 
     @property
     def size_bytes(self) -> int:
-        """What the bound weights take; the bases of FP8 weights come on top where they fit."""
+        """What the bound weights take, or will; the bases of FP8 weights come on top where they fit."""
+        if self.companion.bound and self.module is not None:
+            return self.module.weights.bound_bytes
+        return self._expected_bytes(self._in_eight_bits())
+
+    def _expected_bytes(self, in_eight_bits: frozenset[str]) -> int:
         sizes = {name: math.prod(shape) for name, shape in self._shapes.items()}
-        in_fp8 = self.recipe.linears if self.recipe else frozenset()
         return sum(
-            n * (1 if name.removesuffix(".weight") in in_fp8 else self.dtype.itemsize) for name, n in sizes.items()
+            n * (1 if name.removesuffix(".weight") in in_eight_bits else self.dtype.itemsize)
+            for name, n in sizes.items()
         )
+
+    def _in_eight_bits(self) -> frozenset[str]:
+        """Layers that will take a byte an element: modulations do not where their bases will be on the GPU."""
+        if self.recipe is None or self.recipe is self.given or self.module is None:
+            return frozenset() if self.recipe is None else self.recipe.linears
+        place = base_place(self.module.config.base_weights, self.arch, self.recipe, self.device, False)
+        return self.recipe.activation_linears if place.exact_modulations else self.recipe.linears
 
     def use(self, recipe: Fp8Recipe | None) -> None:
         """Weights of another recipe are let go of; the next load binds this one's. None: the weights as they are."""
@@ -183,6 +195,7 @@ class Resident:
                     module.load_given_blocks(self._read(patcher, module), self.device, self.recipe)
                 else:
                     module.load_blocks(self._read(patcher, module), self.device, self.recipe)
+            self.companion.size = module.weights.bound_bytes
             complete = True
         except torch.OutOfMemoryError as error:
             raise OutOfMemory("The blocks' weights do not fit on the GPU beside what others hold.") from error
