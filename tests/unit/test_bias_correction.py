@@ -160,6 +160,16 @@ def test_bases_that_somebody_changed_are_followed(kind: str) -> None:
     assert differing(weights, copied(bound(given=given))) == []
 
 
+def test_a_base_that_changed_under_a_lora_has_its_own_correction_without_it() -> None:
+    given = base_weights()
+    weights = bound(given=given)
+    weights.refit(stack((A, 1.0)))
+    given[QKV].mul_(1.5)
+    weights.quantize_again([QKV])
+    weights.restore()
+    assert differing(weights, copied(bound(given=given))) == []
+
+
 def test_blocks_are_given_the_corrected_bias() -> None:
     module = MutableTRTModule(ARCH)
     module.load_fp8(base_weights(), with_means(), CPU, lambda name, base: None)
