@@ -89,12 +89,21 @@ class ChangedBases:
 
 
 def adapters_to_bases(model: nn.Module, arch: FluxArchitecture) -> None:
-    """Moves adapters to where their layers' bases lie: PEFT adds one to the other in place."""
+    """Moves adapters to where what they change lies: PEFT adds one to the other in place."""
     for slot in find_slots(model, arch):
         base = slot.parameter()
-        for name, adapter in slot.module().named_parameters():
-            if base is not None and not name.startswith("base_layer.") and adapter is not base:
-                adapter.data = adapter.data.to(base.device)
+        for adapter in adapters_of(slot) if base is not None else ():
+            adapter.data = adapter.data.to(base.device)
+
+
+def adapters_of(slot: Slot) -> list[nn.Parameter]:
+    """What PEFT has beside one parameter: matrices for a weight, `lora_bias` for a bias, which may lie elsewhere."""
+    named = slot.module().named_parameters()
+    return [
+        adapter
+        for name, adapter in named
+        if not name.startswith("base_layer.") and name.endswith(".bias") is (slot.kind == "bias")
+    ]
 
 
 def moving(

@@ -16,8 +16,9 @@ from tests.unit.fp8_simulation import Scheme, compiled_fp8, fused_layers, simula
 from tests.unit.tiny_flux import FP32_BOUND, call_inputs, run_diffusers, tiny_transformer
 from trt_core import compile_transformer, restore_transformer
 from trt_core.backends.check import relative_l2
+from trt_core.diffusers_binding import find_slots
 from trt_core.errors import InvalidOption, MissingDependency, UnsupportedGPU, UnsupportedModel
-from trt_core.fp8_model import require_fp8
+from trt_core.fp8_model import adapters_of, require_fp8
 from trt_core.fp8_recipe import Fp8Config, attach_recipe, attached_recipe, detach_recipe
 from trt_core.quantize import dequantize_, flux_architecture, quantize_fp8_
 
@@ -296,3 +297,15 @@ def test_a_recipe_of_another_model_is_refused(model: Any, tmp_path: Path) -> Non
         quantize_fp8_(model, Fp8Config(exclude=("single_blocks.7.*",)))
     assert attached_recipe(model) is None
     assert flux_architecture(model).double_depth == 2
+
+
+def test_adapters_go_to_what_they_change() -> None:
+    """With bases in host memory matrices lie there and biases on the GPU: an adapter must not follow the other one."""
+    model: Any = tiny_transformer()
+    model.add_adapter(lora("to_q", "proj_out", lora_bias=True), adapter_name="a")
+    slots = [slot for slot in find_slots(model, flux_architecture(model)) if hasattr(slot.module(), "lora_A")]
+    kinds = {"weight": {"lora_A.a.weight", "lora_B.a.weight"}, "bias": {"lora_B.a.bias"}}
+    for slot in slots:
+        names = {id(parameter): name for name, parameter in slot.module().named_parameters()}
+        assert {names[id(adapter)] for adapter in adapters_of(slot)} == kinds[slot.kind]
+    assert len(slots) == 2 * 7, "to_q of four blocks, proj_out of two of them and of the model"
