@@ -12,13 +12,14 @@ import torch
 from tests.comfy.conftest import ROOT
 from tests.comfy.graph import FluxGraph, Graph, Link
 from tests.comfy.models import DEV
-from tests.comfy.pack import TOLERANCE, Said, compiled, run
+from tests.comfy.pack import ON_CPU, TOLERANCE, Said, compiled, run
 from tests.comfy.process import ServerProcess
 from tests.comfy.server import CancelledError, NodeError, Server
 from tests.comfy.tensors import relative_error
 
 pytestmark = pytest.mark.comfy
 
+needs_no_gpu = pytest.mark.skipif(not ON_CPU, reason="the server has a GPU")
 CANCEL_SECONDS = 2
 BLOCK_BYTES = 4 * sum(rows * columns for rows, columns in DEV.block_linears().values())
 """In fp32, as a CPU computes; biases and norms come on top."""
@@ -170,6 +171,7 @@ def test_a_size_outside_the_profile(server: Server) -> None:
     server.latent(*graph(512, outside_profile="build again"))
 
 
+@needs_no_gpu
 def test_tensorrt_without_a_gpu(server: Server) -> None:
     graph = FluxGraph()
     node = compiled(graph, graph.unet(), backend="tensorrt")
@@ -179,6 +181,7 @@ def test_tensorrt_without_a_gpu(server: Server) -> None:
     assert sampled(server)[1].compiled == 4
 
 
+@needs_no_gpu
 def test_auto_says_what_it_does_without_a_gpu(server: Server) -> None:
     assert "4 of 4 blocks compiled: split eager" in sampled(server, backend="auto")[1].text
 
