@@ -31,7 +31,7 @@ from .fp8_recipe import Fp8Recipe, attached_recipe
 from .fp8_weights import Fp8Weights
 from .host import Progress
 from .mutable_module import MutableTRTModule
-from .peft_patches import read_patches
+from .peft_patches import PeftReader
 from .schedule import Schedule
 from .weights import WeightPatches
 
@@ -52,6 +52,7 @@ class CompiledState:
         self._recipe: Fp8Recipe | None = None
         self._bases: ChangedBases | None = None
         self._modulations: ChangedModulations | None = None
+        self._reader: tuple[DiffusersBinding, PeftReader] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledState:
         """A copied transformer binds its own weights and compiles at its first call, from the cache where it can."""
@@ -71,7 +72,7 @@ class CompiledState:
         self._bind_or_bring_home()
         binding = self._present_binding()
         eager = why_eager_blocks(self._model)
-        peft = read_patches(binding.slots)
+        peft = self._reader_of(binding).read()
         for name, why in peft.unmergeable.items():
             if not name.startswith(("double_blocks", "single_blocks")):
                 self.say({"the whole model": f"{name}: {why}"})
@@ -81,6 +82,11 @@ class CompiledState:
         self.say(eager)
         self._refit({n: p for n, p in peft.weights.items() if _block_of(n) not in eager})
         return True
+
+    def _reader_of(self, binding: DiffusersBinding) -> PeftReader:
+        if self._reader is None or self._reader[0] is not binding:
+            self._reader = (binding, PeftReader(binding.slots))
+        return self._reader[1]
 
     def follow_schedule(self, dtype: torch.dtype, device: torch.device) -> None:
         """Tells the module which timesteps come next, where a new schedule began.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,31 +27,84 @@ class PeftPatches:
     unmergeable: dict[str, str] = field(default_factory=dict)
 
 
-def read_patches(slots: Iterable[Slot]) -> PeftPatches:
-    """What the active adapters of these places do. A base weight that was changed in place changes the signature, so
-    that the next refit merges it anew; diffusers' methods that change adapters in place release the model before."""
-    slots = list(slots)
-    result = PeftPatches()
-    collected: dict[str, tuple[list[Hashable], list[tuple[Patch, float]]]] = {}
-    for slot in slots:
-        layer = slot.module()
-        if "base_layer" not in layer._modules or not hasattr(layer, "active_adapters"):
-            continue
+@dataclass(slots=True)
+class _Reading:
+    """What one place's adapters do, and the marks of their tensors by which that was read. It keeps those tensors, so
+    that no other tensor can come to lie at the same address."""
+
+    layer: nn.Module
+    marks: Hashable
+    reason: str | None
+    patches: tuple[tuple[Patch, float], ...]
+
+
+class PeftReader:
+    """Reads the adapters of one binding's places before each step; what has not changed is not made anew."""
+
+    def __init__(self, slots: Iterable[Slot]) -> None:
+        self._slots = list(slots)
+        self._by_name: dict[str, list[Slot]] = {}
+        for slot in self._slots:
+            self._by_name.setdefault(slot.name, []).append(slot)
+        self._readings: list[_Reading | None] = [None] * len(self._slots)
+        self._weights: dict[str, tuple[list[Any], WeightPatches]] = {}
+        """By name, of which readings and of which version of the base its patches were made."""
+
+    def read(self) -> PeftPatches:
+        """What the active adapters do now. A base weight that was changed in place changes the signature, so that the
+        next refit merges it anew; diffusers' methods that change adapters in place release the model before."""
+        result, found, marked = PeftPatches(), {}, {}
+        for index, slot in enumerate(self._slots):
+            layer = slot.module()
+            if "base_layer" not in layer._modules or not _is_adapted(type(layer)):
+                continue
+            if (marks := marked.get(id(layer))) is None:
+                marks = marked[id(layer)] = _marks_of(layer)
+            reading = self._reading(index, slot, layer, marks)
+            if reading.reason:
+                result.unmergeable[slot.name] = reading.reason
+            elif reading.patches:
+                found.setdefault(slot.name, []).append((slot, reading))
+        result.weights = {name: self._weight(name, places) for name, places in found.items()}
+        return result
+
+    def _reading(self, index: int, slot: Slot, layer: nn.Module, marks: Hashable) -> _Reading:
+        before = self._readings[index]
+        # Where nothing is merged no tensor is kept, and another one may come to lie at its address.
+        if before is not None and before.layer is layer and before.marks == marks and before.reason is None:
+            return before
         active = _active(layer)
         reason = why_not_mergeable(layer, active)
-        if reason:
-            result.unmergeable[slot.name] = reason
-            continue
-        signature, changes = (_bias_changes if slot.kind == "bias" else _weight_changes)(layer, active)
-        if changes:
-            marks, patches = collected.setdefault(slot.name, ([], []))
-            marks.append((slot.rows, signature))
-            patches.extend((Patch(slot.name, slot.rows, change), 1.0) for change in changes)
-    for slot in slots:
-        if slot.name in collected and (base := slot.parameter()) is not None:
-            collected[slot.name][0].append(base._version)
-    result.weights = {n: WeightPatches(tuple(marks), tuple(p)) for n, (marks, p) in collected.items()}
-    return result
+        read = _bias_changes if slot.kind == "bias" else _weight_changes
+        changes = [] if reason else read(layer, active)
+        patches = tuple((Patch(slot.name, slot.rows, change), 1.0) for change in changes)
+        reading = self._readings[index] = _Reading(layer, marks, reason, patches)
+        return reading
+
+    def _weight(self, name: str, places: list[tuple[Slot, _Reading]]) -> WeightPatches:
+        of: list[Any] = [reading for _, reading in places]
+        # Of all parts of a fused matrix: what lies beside a LoRA's rows is merged anew with them.
+        of += [base._version for slot in self._by_name[name] if (base := slot.parameter()) is not None]
+        before = self._weights.get(name)
+        if before is not None and _same(before[0], of):
+            return before[1]
+        marks = (*((slot.rows, reading.marks) for slot, reading in places), *of[len(places) :])
+        patches = WeightPatches(marks, tuple(patch for _, reading in places for patch in reading.patches))
+        self._weights[name] = (of, patches)
+        return patches
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """The same readings, which are compared as objects, and equal versions."""
+    return len(one) == len(other) and all(
+        a is b or (type(a) is int and a == b) for a, b in zip(one, other, strict=True)
+    )
+
+
+@functools.cache
+def _is_adapted(kind: type) -> bool:
+    """Whether it is a layer of PEFT's around another."""
+    return hasattr(kind, "active_adapters")
 
 
 def why_not_mergeable(layer: nn.Module, active: Sequence[str]) -> str | None:
@@ -82,15 +136,10 @@ def _kind(layer: nn.Module) -> str:
     return ".".join((*type(layer).__module__.split(".")[-2:-1], type(layer).__name__))
 
 
-def _weight_changes(layer: nn.Module, active: Sequence[str]) -> tuple[Hashable, list[Change]]:
-    signature, changes = [], []
+def _weight_changes(layer: nn.Module, active: Sequence[str]) -> list[Change]:
     read = _reader(type(layer))
-    for adapter in active:
-        change = read(layer, adapter) if read else None
-        if change is not None:
-            changes.append(change)
-            signature.append((adapter, *_marks(layer, adapter)))
-    return tuple(signature), changes
+    changes = [read(layer, adapter) if read else None for adapter in active]
+    return [change for change in changes if change is not None]
 
 
 def _lora_change(layer: nn.Module, adapter: str) -> Change | None:
@@ -128,14 +177,14 @@ def _whole_or_product(whole: Factors, left: Factors, right: Factors, adapter: st
     return (left[adapter].detach(), right[adapter].detach()) if adapter in left else ()
 
 
-def _bias_changes(layer: nn.Module, active: Sequence[str]) -> tuple[Hashable, list[Change]]:
+def _bias_changes(layer: nn.Module, active: Sequence[str]) -> list[Change]:
     """`lora_bias`: PEFT adds lora_B's bias, scaled, to the layer's."""
-    signature, changes = [], []
-    for adapter in active:
-        if getattr(layer, "lora_bias", {}).get(adapter) and adapter in layer.lora_B:
-            changes.append(Difference(layer.lora_B[adapter].bias.detach(), float(layer.scaling[adapter])))
-            signature.append((adapter, *_marks(layer, adapter)))
-    return tuple(signature), changes
+    biases = getattr(layer, "lora_bias", {})
+    return [
+        Difference(layer.lora_B[adapter].bias.detach(), float(layer.scaling[adapter]))
+        for adapter in active
+        if biases.get(adapter) and adapter in layer.lora_B
+    ]
 
 
 def _active(layer: nn.Module) -> list[str]:
@@ -145,22 +194,30 @@ def _active(layer: nn.Module) -> list[str]:
     return list(layer.active_adapters)
 
 
-def _marks(layer: nn.Module, adapter: str) -> tuple[Hashable, ...]:
-    """Scale, addresses and version counters of an adapter's tensors. The applied patches keep those tensors alive, so
-    no other tensor can come to lie at the same address while they are compared."""
-    tensors: list[Tensor] = []
-    for name in layer.adapter_layer_names:
-        holder = layer._modules.get(name)
-        if holder is None:
-            holder = getattr(layer, name, {})
-        if adapter in holder:
-            tensors += _tensors(holder[adapter])
-    scale = getattr(layer, "scaling", {}).get(adapter)
-    return (scale, *((t.data_ptr(), t._version) for t in tensors))
+def _marks_of(layer: nn.Module) -> Hashable:
+    """Of each active adapter its name, its scale, and addresses and version counters of its tensors."""
+    active, scales = _active(layer), layer.__dict__.get("scaling") or {}
+    marks: list[Hashable] = []
+    for adapter in active:
+        marks += (adapter, scales.get(adapter))
+        for name in layer.adapter_layer_names:
+            found = _found(layer, name, adapter)
+            for tensor in () if found is None else _tensors(found):
+                marks += (tensor.data_ptr(), tensor._version)
+    return tuple(marks)
+
+
+def _found(layer: nn.Module, name: str, adapter: str) -> Tensor | nn.Module | None:
+    """What an adapter has in one of its layer's places; through PyTorch's own methods it takes four times as long."""
+    holder = layer._modules.get(name)
+    if type(holder) is nn.ModuleDict:
+        return holder._modules.get(adapter)
+    holder = getattr(layer, name, {}) if holder is None else holder
+    return holder[adapter] if adapter in holder else None  # noqa: SIM401 - BufferDict has no get
 
 
 def _tensors(found: Tensor | nn.Module) -> Iterable[Tensor]:
-    """An adapter's tensors in one place; `parameters()`, which walks modules, took a third of `read_patches`' time."""
+    """An adapter's tensors in one place; `parameters()`, which walks modules, took a third of the reading's time."""
     if isinstance(found, Tensor):
         return (found,)
     if found._modules:

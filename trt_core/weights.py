@@ -55,7 +55,8 @@ def plan_refit(new: Mapping[str, Hashable], applied: Mapping[str, Hashable]) -> 
     """What a refit from `applied` to `new` signatures touches: nothing outside `keys(new) | keys(applied)`."""
     merge = tuple(name for name in new if applied.get(name) != new[name])
     restore = tuple(name for name in applied if name not in new)
-    return RefitPlan(merge, restore, tuple(name for name in new if name not in set(merge)))
+    merged_anew = set(merge)
+    return RefitPlan(merge, restore, tuple(name for name in new if name not in merged_anew))
 
 
 Patches = Sequence[tuple[Patch, float]]

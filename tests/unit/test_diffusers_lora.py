@@ -13,6 +13,9 @@ import torch
 from tests.unit.diffusers_pair import ATTENTION, EVERY_LINEAR, LORA_BOUND, Pair, lora
 from tests.unit.tiny_flux import call_inputs, run_diffusers, tiny_transformer
 from trt_core.backends.check import relative_l2
+from trt_core.diffusers_adapter import architecture_of
+from trt_core.diffusers_binding import DiffusersBinding
+from trt_core.peft_patches import PeftReader
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 EFFECT = 0.003
@@ -264,3 +267,29 @@ def test_twenty_random_moves_agree(tmp_path: Path) -> None:
     pair.both(lambda model: model.unload_lora())
     assert torch.equal(pair.outputs()[0], base)
     assert pair.report.builds == 1
+
+
+def test_what_did_not_change_is_not_read_again_and_what_did_is() -> None:
+    """Patches stay the same objects from step to step, but for the layer whose adapter or base is another."""
+    model: Any = tiny_transformer()
+    model.add_adapter(lora("to_q", "proj_out"), adapter_name="a")
+    binding = DiffusersBinding(model, architecture_of(model))
+    reader = PeftReader(binding.slots)
+    first = reader.read().weights
+    assert len(first) == 7
+    again = reader.read().weights
+    assert all(again[name] is patches for name, patches in first.items())
+    with torch.no_grad():
+        model.transformer_blocks[1].attn.to_q.lora_B["a"].weight.mul_(2.0)
+        model.transformer_blocks[0].attn.to_k.weight.mul_(2.0)
+    changed = reader.read().weights
+    assert {name for name, patches in changed.items() if patches is not first[name]} == {
+        "double_blocks.0.img_attn.qkv.weight", "double_blocks.1.img_attn.qkv.weight",
+    }  # fmt: skip
+    assert all(changed[name].signature != first[name].signature for name in changed if changed[name] is not first[name])
+    model.set_adapters("a", 0.5)
+    assert not [n for n, patches in reader.read().weights.items() if patches.signature == changed[n].signature]
+    model.disable_adapters()
+    assert reader.read().weights == {}
+    model.enable_adapters()
+    assert reader.read().weights.keys() == first.keys()
