@@ -27,8 +27,6 @@ MAX_TERMS = 8
 """LoRAs on the same rows. Kernels are compiled for each number of them, a second each, and kept on the disk."""
 _MOST_HELD_BYTES = 2**28
 """Of bases and factors that gathered merges keep in GPU memory: with bases in host memory, a few layers at a time."""
-
-
 _MOST_WAITING = 64
 """Merges of one launch: the GPU begins with them while Python reads what else there is to merge."""
 

@@ -14,6 +14,7 @@ from tests.comfy.graph import FluxGraph, Link
 from tests.comfy.pack import compiled, run
 from tests.comfy.process import ServerProcess
 from tests.comfy.server import CancelledError, Server
+from tests.comfy.tensors import relative_error
 
 pytestmark = pytest.mark.comfy
 
@@ -72,18 +73,22 @@ def test_a_lora_before_the_node_makes_no_second_copy(server: Server) -> None:
 
 
 def test_weights_are_bound_anew_where_only_mean_inputs_differ(server: Server) -> None:
-    """Biases made with other means would stay otherwise: recipes with and without them are equal to `==`."""
+    """Biases made with other means would stay otherwise: recipes with and without them are equal to `==`. With them the
+    picture is another, and without them again the first one, bit for bit."""
     server.free()
-    loads = []
+    loads, latents = [], []
     for conditioned in (False, False, True, False):
         with server.events() as events:
             graph = FluxGraph()
             options = {"conditioning": graph.text(seed=4), "latent": graph.empty_latent()} if conditioned else {}
             node = compiled(graph, fp8(graph, graph.unet(), **options))
-            server.latent(graph, graph.sample(node, graph.text()))
+            latents.append(server.latent(graph, graph.sample(node, graph.text())))
             events.wait_for(lambda event: event.kind == "executing" and event.data["node"] is None)
             loads.append("Loading weights" in "".join(events.texts(node.node_id)))
     assert loads == [True, False, True, True]
+    assert torch.equal(latents[1], latents[0])
+    assert torch.equal(latents[3], latents[0])
+    assert 0 < relative_error(latents[2], latents[0]) < 0.1
 
 
 def cancelled_at(server: Server, graph: FluxGraph, stage: str) -> None:
