@@ -58,9 +58,10 @@ class PeftReader:
             layer = slot.module()
             if "base_layer" not in layer._modules or not _is_adapted(type(layer)):
                 continue
-            if (marks := marked.get(id(layer))) is None:
-                marks = marked[id(layer)] = _marks_of(layer)
-            reading = self._reading(index, slot, layer, marks)
+            if id(layer) not in marked:  # its weight and its bias are two places
+                active = _active(layer)
+                marked[id(layer)] = active, _marks(layer, active)
+            reading = self._reading(index, slot, layer, *marked[id(layer)])
             if reading.reason:
                 result.unmergeable[slot.name] = reading.reason
             elif reading.patches:
@@ -68,12 +69,13 @@ class PeftReader:
         result.weights = {name: self._weight(name, places) for name, places in found.items()}
         return result
 
-    def _reading(self, index: int, slot: Slot, layer: nn.Module, marks: Hashable) -> _Reading:
+    def _reading(
+        self, index: int, slot: Slot, layer: nn.Module, active: Sequence[str], marks: Hashable
+    ) -> _Reading:  # fmt: skip
         before = self._readings[index]
         # Where nothing is merged no tensor is kept, and another one may come to lie at its address.
         if before is not None and before.layer is layer and before.marks == marks and before.reason is None:
             return before
-        active = _active(layer)
         reason = why_not_mergeable(layer, active)
         read = _bias_changes if slot.kind == "bias" else _weight_changes
         changes = [] if reason else read(layer, active)
@@ -143,14 +145,10 @@ def _weight_changes(layer: nn.Module, active: Sequence[str]) -> list[Change]:
 
 
 def _lora_change(layer: nn.Module, adapter: str) -> Change | None:
-    downs = layer.lora_A
-    if adapter not in downs:
+    down, up = (_found(layer, name, adapter) for name in ("lora_A", "lora_B"))
+    if down is None or up is None:
         return None
-    low_rank = LowRank(
-        downs[adapter].weight.detach(),
-        layer.lora_B[adapter].weight.detach(),
-        float(layer.scaling[adapter]),
-    )
+    low_rank = LowRank(down.weight.detach(), up.weight.detach(), float(layer.scaling[adapter]))
     magnitudes = getattr(layer, "lora_magnitude_vector", {})
     if adapter in magnitudes:
         return Dora(low_rank, magnitudes[adapter].weight.detach(), DoraRule.PEFT)
@@ -194,9 +192,9 @@ def _active(layer: nn.Module) -> list[str]:
     return list(layer.active_adapters)
 
 
-def _marks_of(layer: nn.Module) -> Hashable:
+def _marks(layer: nn.Module, active: Sequence[str]) -> Hashable:
     """Of each active adapter its name, its scale, and addresses and version counters of its tensors."""
-    active, scales = _active(layer), layer.__dict__.get("scaling") or {}
+    scales = layer.__dict__.get("scaling") or {}
     marks: list[Hashable] = []
     for adapter in active:
         marks += (adapter, scales.get(adapter))
@@ -207,8 +205,8 @@ def _marks_of(layer: nn.Module) -> Hashable:
     return tuple(marks)
 
 
-def _found(layer: nn.Module, name: str, adapter: str) -> Tensor | nn.Module | None:
-    """What an adapter has in one of its layer's places; through PyTorch's own methods it takes four times as long."""
+def _found(layer: nn.Module, name: str, adapter: str) -> Any:
+    """What an adapter has in one of its layer's places, a module or a tensor, or None; through PyTorch's own methods it takes four times as long."""
     holder = layer._modules.get(name)
     if type(holder) is nn.ModuleDict:
         return holder._modules.get(adapter)
