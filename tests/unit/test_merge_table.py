@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from trt_core.low_rank import Term
-from trt_core.merge_table import FIELDS, TERM_FIELDS, Fp8Place, Kind, Merge, alike, planned
+from trt_core.merge_table import (
+    FIELDS,
+    TERM_FIELDS,
+    WHOLE_ROWS,
+    WHOLE_WIDTH,
+    Fp8Place,
+    Kind,
+    Merge,
+    alike,
+    planned,
+)
 
 BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 
@@ -98,3 +108,17 @@ def test_a_row_of_the_table_says_where_everything_is() -> None:
     plain = planned(Merge(64, 128, base, Fp8Place(weight, scale), terms))
     assert plain.fields[6:8] == [0, 0]
     assert not plain.kind.with_mean
+
+
+def test_no_kernels_tile_has_an_edge_where_there_is_said_to_be_none() -> None:
+    """Such kernels have no masks: another size of a tile would write beyond a matrix."""
+    triton_merge = pytest.importorskip("trt_core.triton_merge", exc_type=ImportError)
+    base = aligned(64, 256)
+    for rank, dtype, count in ((16, BF16, 1), (32, BF16, 1), (128, FP32, 1), (32, FP32, 8)):
+        terms = tuple(term(64, 256, rank, dtype) for _ in range(count))
+        scales = aligned(64, 1, dtype=FP32)
+        for out in (base, Fp8Place(aligned(64, 256, dtype=FP8), scales)):
+            constants = triton_merge._constants(planned(Merge(0, 64, base, out, terms)).kind)
+            assert constants["WHOLE"]
+            assert WHOLE_ROWS % constants["ROWS_BLOCK"] == 0
+            assert WHOLE_WIDTH % constants["WIDTH_BLOCK"] == 0
