@@ -165,11 +165,18 @@ class CompiledState:
         binding = self._present_binding()
         if not self.module.weights.needs(patches):
             return
-        try:
-            self.module.refit(patches)
-        finally:
-            # Also after a failed refit: parameters must never show a merged weight.
+        pointed = False
+
+        def point() -> None:
+            nonlocal pointed
             binding.point_at_bases(self.module.weights)
+            pointed = True
+
+        try:
+            self.module.refit(patches, meanwhile=point)
+        finally:
+            if not pointed:  # also after a failed refit: parameters must never show a merged weight
+                point()
         if not patches:
             # Bases kept in host memory may go stale once parameters show the bound tensors again (fuse_lora).
             self.module.weights.forget_bases()

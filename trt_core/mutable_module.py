@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from enum import Enum
 
 import torch
@@ -174,13 +174,18 @@ class MutableTRTModule:
             raise TRTError("No weights are bound.", fix="Call load() first.")
         return self._weights
 
-    def refit(self, patches: Mapping[str, WeightPatches]) -> RefitReport | None:
-        """Makes every bound weight base + patches; None where that is already so. Touches nothing else."""
+    def refit(
+        self, patches: Mapping[str, WeightPatches], meanwhile: Callable[[], None] = lambda: None
+    ) -> RefitReport | None:
+        """Makes every bound weight base + patches; None where that is already so. Touches nothing else.
+
+        `meanwhile` is called while the GPU merges, where nothing failed (`BoundWeights.refit`).
+        """
         if not self.weights.needs(patches):
             return None
         touched = {*patches, *self.weights.touched}
         try:
-            self.last_refit = self._refit(patches)
+            self.last_refit = self._refit(patches, meanwhile)
         finally:
             if any(is_modulation(name.rpartition(".")[0]) for name in touched):
                 self.forget_modulations()
@@ -208,13 +213,13 @@ class MutableTRTModule:
         """What kept modulations take on the GPU."""
         return 0 if self._table is None else self._table.bytes
 
-    def _refit(self, patches: Mapping[str, WeightPatches]) -> RefitReport:
+    def _refit(self, patches: Mapping[str, WeightPatches], meanwhile: Callable[[], None]) -> RefitReport:
         try:
-            return self.weights.refit(patches)
+            return self.weights.refit(patches, meanwhile)
         except OutOfMemory:
             if not self._graphs.drop():
                 raise
-        return self.weights.refit(patches)  # with the memory of the graphs
+        return self.weights.refit(patches, meanwhile)  # with the memory of the graphs
 
     def unload(self) -> None:
         """Restores the bound weights to their base and lets go of them; compiled segments stay for the next `load`."""

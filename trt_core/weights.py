@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,11 +118,12 @@ class BoundWeights:
         )
 
     @torch.no_grad()
-    def refit(self, new: Mapping[str, WeightPatches]) -> RefitReport:
+    def refit(self, new: Mapping[str, WeightPatches], meanwhile: Callable[[], None] = lambda: None) -> RefitReport:
         """Writes base + sum of patches into the touched weights, each rounded once; others keep their bits.
 
         A refit depends on `new` alone, not on what was applied before. On any failure, Ctrl-C too, the weights from
-        before are put back: raises `OutOfMemory` or `LoraMismatch`.
+        before are put back: raises `OutOfMemory` or `LoraMismatch`. `meanwhile` is called where nothing failed, while
+        the GPU still merges.
         """
         watch = Stopwatch()
         plan = plan_refit({n: p.signature for n, p in new.items()}, {n: p.signature for n, p in self._applied.items()})
@@ -151,6 +152,7 @@ class BoundWeights:
             if not complete:
                 self._roll_back(written, kept)
         self._note(plan, new, writes)
+        meanwhile()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self._report(plan, watch)

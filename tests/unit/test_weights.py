@@ -22,6 +22,7 @@ from tests.unit.bound_weights import (
     versions,
 )
 from trt_core.config import BaseWeights
+from trt_core.errors import OutOfMemory
 from trt_core.lora.changes import Difference, LowRank, Patch, Replacement, merged
 from trt_core.row_merge import add_rows, disjoint
 from trt_core.weights import BoundWeights, WeightPatches, plan_refit
@@ -229,3 +230,22 @@ def test_a_weak_lora_arrives_whole(share: float, already: bool) -> None:
     wanted = change.delta("cpu") * change.scale
     arrived = weights.tensors["w"].float() - base.float()
     assert float((arrived * wanted).sum() / wanted.square().sum()) == pytest.approx(1.0, abs=0.03)
+
+
+def test_something_else_is_done_while_the_gpu_merges_but_not_where_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is written by then, and known as applied."""
+    weights, calls = bound(), []
+    name = next(iter(stack((A, 1.0))))
+    expected = bound()
+    expected.refit(stack((A, 1.0)))
+    weights.refit(stack((A, 1.0)), lambda: calls.append((weights.tensors[name].clone(), weights.touched)))
+    assert torch.equal(calls[0][0], expected.tensors[name])
+    assert calls[0][1] == frozenset(stack((A, 1.0)))
+
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(BoundWeights, "_write", fails)
+    with pytest.raises(OutOfMemory):
+        weights.refit(stack((B, 1.0)), lambda: calls.append((weights.tensors[name], weights.touched)))
+    assert len(calls) == 1
