@@ -361,10 +361,10 @@ def test_a_refit_without_memory_takes_the_graphs(
     patches = one(QKV, low_rank((192, 64), 4, torch.Generator().manual_seed(1)))
     real, left = module.weights.refit, [OutOfMemory("first"), OutOfMemory("second")]
 
-    def refit(new: Any) -> Any:
+    def refit(new: Any, *meanwhile: Any) -> Any:
         if len(left) > 1:
             raise left.pop(0)
-        return real(new)
+        return real(new, *meanwhile)
 
     monkeypatch.setattr(module.weights, "refit", refit)
     assert module.refit(patches) is not None
