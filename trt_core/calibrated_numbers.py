@@ -60,7 +60,7 @@ def check_means(arch: FluxArchitecture, input_mean: Mapping[str, Tensor]) -> Non
     """Raises `InvalidOption` for the mean input of a layer that the model has not, of another length than its inputs,
     or with NaN or infinity."""
     _refuse_foreign(arch, input_mean, "mean inputs", "means")
-    widths = _widths(arch)
+    widths = input_widths(arch)
     for name, mean in input_mean.items():
         if mean.shape != (widths[name],):
             raise InvalidOption(
@@ -122,7 +122,7 @@ def refuse_other_means(layers: frozenset[str], input_mean: Mapping[str, Tensor])
 
 
 def _refuse_foreign(arch: FluxArchitecture, given: Mapping[str, object], what: str, made: str) -> None:
-    foreign = sorted(set(given) - set(_widths(arch)))
+    foreign = sorted(set(given) - set(input_widths(arch)))
     if foreign:
         raise InvalidOption(
             f"The calibrated {what} are of another model: they name {foreign[0]}, which this one has not "
@@ -132,8 +132,8 @@ def _refuse_foreign(arch: FluxArchitecture, given: Mapping[str, object], what: s
         )
 
 
-def _widths(arch: FluxArchitecture) -> dict[str, int]:
-    """Each block linear -> how many numbers one of its inputs has."""
+def input_widths(arch: FluxArchitecture) -> dict[str, int]:
+    """Each block linear, modulations included, in order of execution -> how many numbers one of its inputs has."""
     return {
         name.removesuffix(".weight"): shape[1]
         for name, shape in weight_shapes(arch).items()

@@ -22,6 +22,7 @@ from torch import Tensor
 from .calibrated_numbers import (
     check_amax,
     check_means,
+    input_widths,
     kept_amax,
     kept_means,
     refuse_amax,
@@ -40,7 +41,6 @@ E4M3_MAX = 448.0
 MAX_HEADROOM = 64.0
 """Beyond this, an ordinary activation (a thousandth of amax) would lie below E4M3's normal numbers."""
 _ATTRIBUTE = "_trt_fp8"
-_BLOCKS = ("double_blocks.", "single_blocks.")
 _MODULATIONS = ("_mod.lin", ".modulation.lin")
 
 
@@ -169,7 +169,7 @@ def plan_recipe(
 
 def block_linears(arch: FluxArchitecture) -> tuple[str, ...]:
     """BFL names of every linear layer in the blocks, modulations included, in order of execution."""
-    return tuple(name for name in _all_linears(arch) if name.startswith(_BLOCKS))
+    return tuple(input_widths(arch))
 
 
 def is_modulation(name: str) -> bool:
@@ -197,7 +197,7 @@ def excluded_linears(arch: FluxArchitecture, patterns: tuple[str, ...]) -> froze
         if not found:
             raise _matches_nothing(pattern, [word for words in spellings.values() for word in words])
         matched |= found
-    return frozenset(name for name in matched if name.startswith(_BLOCKS))
+    return frozenset(matched.intersection(block_linears(arch)))
 
 
 def check_recipe(recipe: Fp8Recipe, arch: FluxArchitecture) -> None:

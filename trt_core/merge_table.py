@@ -75,7 +75,7 @@ class Planned:
 
 
 def planned(merge: Merge) -> Planned:
-    """A merge whose terms share their dtypes (`alike`), in 5 us: a LoRA has 494 of them, and a GPU waits meanwhile."""
+    """A merge whose terms share their dtypes (`alike`). Quick, as a LoRA has 494 of them, and a GPU waits meanwhile."""
     base, out, terms = merge.base, merge.out, merge.terms
     rows, width, is_fp8 = merge.stop - merge.start, base.shape[1], isinstance(out, Fp8Place)
     fields, addresses = _fields(merge, rows, width), [term.up.data_ptr() for term in terms]

@@ -57,6 +57,7 @@ class PeftReader:
         for index, slot in enumerate(self._slots):
             layer = slot.module()
             if "base_layer" not in layer._modules or not _is_adapted(type(layer)):
+                self._readings[index] = None  # which would keep the tensors of adapters that are gone
                 continue
             if id(layer) not in marked:  # its weight and its bias are two places
                 active = _active(layer)
@@ -66,7 +67,8 @@ class PeftReader:
                 result.unmergeable[slot.name] = reading.reason
             elif reading.patches:
                 found.setdefault(slot.name, []).append((slot, reading))
-        result.weights = {name: self._weight(name, places) for name, places in found.items()}
+        self._weights = {name: self._weight(name, places) for name, places in found.items()}
+        result.weights = {name: patches for name, (_, patches) in self._weights.items()}
         return result
 
     def _reading(
@@ -83,17 +85,15 @@ class PeftReader:
         reading = self._readings[index] = _Reading(layer, marks, reason, patches)
         return reading
 
-    def _weight(self, name: str, places: list[tuple[Slot, _Reading]]) -> WeightPatches:
+    def _weight(self, name: str, places: list[tuple[Slot, _Reading]]) -> tuple[list[Any], WeightPatches]:
         of: list[Any] = [reading for _, reading in places]
         # Of all parts of a fused matrix: what lies beside a LoRA's rows is merged anew with them.
         of += [base._version for slot in self._by_name[name] if (base := slot.parameter()) is not None]
         before = self._weights.get(name)
         if before is not None and _same(before[0], of):
-            return before[1]
+            return before
         marks = (*((slot.rows, reading.marks) for slot, reading in places), *of[len(places) :])
-        patches = WeightPatches(marks, tuple(patch for _, reading in places for patch in reading.patches))
-        self._weights[name] = (of, patches)
-        return patches
+        return of, WeightPatches(marks, tuple(patch for _, reading in places for patch in reading.patches))
 
 
 def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:

@@ -293,3 +293,18 @@ def test_what_did_not_change_is_not_read_again_and_what_did_is() -> None:
     assert reader.read().weights == {}
     model.enable_adapters()
     assert reader.read().weights.keys() == first.keys()
+
+
+@pytest.mark.parametrize("how", ["deleted", "disabled"])
+def test_adapters_that_are_gone_are_let_go_of(how: str) -> None:
+    model: Any = tiny_transformer()
+    model.add_adapter(lora("to_q"), adapter_name="a")
+    reader = PeftReader(DiffusersBinding(model, architecture_of(model)).slots)
+    assert reader.read().weights
+    if how == "deleted":
+        model.delete_adapters("a")
+    else:
+        model.disable_adapters()
+    assert reader.read().weights == {}
+    assert not reader._weights
+    assert not [reading for reading in reader._readings if reading is not None and reading.patches]
