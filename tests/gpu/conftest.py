@@ -37,6 +37,14 @@ def needs_tensorrt() -> None:
 
 
 @pytest.fixture
+def needs_fp8_gpu() -> None:
+    from trt_core.gpu import current_gpu, why_not_fp8
+
+    if reason := why_not_fp8(current_gpu()):
+        pytest.skip(reason)
+
+
+@pytest.fixture
 def model() -> Any:
     return real_shaped_model()
 
