@@ -1,6 +1,7 @@
 """One file with this GPU's cache entries, for another machine with the same GPU and versions.
 
 A plain zip without compression: `bundle.json`, then `<digest>/manifest.json` and `<digest>/<payload file>`.
+Inductor's code is left out, and refused: it is compiled again where a plan needs it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from . import atomic_files
 from .engine_cache import EngineCache
 from .engine_entry import Entry, read_payload
 from .engine_manifest import (
+    CODE_KIND,
     DIGEST,
     MANIFEST,
     Manifest,
@@ -85,7 +87,8 @@ def export_bundle(cache: EngineCache, path: Path | str, digests: Collection[str]
 
 def _chosen(cache: EngineCache, digests: Collection[str] | None) -> list[Entry]:
     here = environment()
-    usable = {entry.digest: entry for entry in cache.entries() if entry.manifest.environment == here}
+    portable = [entry for entry in cache.entries() if entry.manifest.kind != CODE_KIND]
+    usable = {entry.digest: entry for entry in portable if entry.manifest.environment == here}
     missing = sorted(set(digests or ()) - set(usable))
     if missing or not usable:
         which = ", ".join(missing) or "of this GPU and versions"
@@ -231,6 +234,8 @@ def _manifest(bundle: zipfile.ZipFile, digest: str, expected: object) -> Manifes
     manifest = Manifest.decode(data)
     if manifest.digest != digest or manifest.environment != environment():
         raise UnusableError(f"the manifest of {digest[:12]} belongs to another engine")
+    if manifest.kind == CODE_KIND:
+        raise UnusableError(f"{digest[:12]} is code that would run here, which no bundle of ours holds")
     return manifest
 
 

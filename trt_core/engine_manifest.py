@@ -16,6 +16,8 @@ FORMAT = "trt_core.engine"
 SCHEMA = 1
 """Raised when the manifest, or the meaning of any key field, changes; part of every digest."""
 MANIFEST = "manifest.json"
+CODE_KIND = "inductor"
+"""Entries of this kind are pickles, which run whatever their author wrote: they stay on the machine that made them."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,98}[a-z0-9]")
 """Lower case and no separators: the same file on every system, and never outside its folder."""

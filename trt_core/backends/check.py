@@ -57,7 +57,11 @@ class _UpcastWeights(TorchFunctionMode):
 
 def check(compiled: CompiledSegment, request: Request, bound: float) -> float:
     """The error ratio; raises `BuildFailed` where it is above `bound` or not a number."""
-    ratio = error_ratio(compiled, request)
+    return bounded(error_ratio(compiled, request), compiled, request, bound)
+
+
+def bounded(ratio: float, compiled: CompiledSegment, request: Request, bound: float) -> float:
+    """`ratio` where it is within `bound`; raises `BuildFailed` else."""
     if not ratio <= bound:
         raise BuildFailed(
             f"{compiled.backend.value}'s {request.segment.name.value} has {ratio:.1f} times eager PyTorch's error.",

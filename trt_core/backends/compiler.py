@@ -23,9 +23,10 @@ from ..flux.precision import PLAIN, Precision
 from ..host import Progress
 from . import tensorrt_api
 from .base import CompiledSegment, Request
-from .check import check
+from .check import bounded, check
 from .eager import EagerSegment
 from .inductor import InductorSegment
+from .inductor_code import KeptCode, code_key
 from .products import products_milliseconds
 from .tensorrt import Scratch, TensorRTSegment
 from .tensorrt_worker import describe
@@ -97,17 +98,23 @@ class SegmentCompiler:
 
     def compile(self, name: SegmentName, backend: Backend, attention: Attention) -> CompiledSegment:
         """An Inductor or eager segment, checked. TensorRT plans are built by `Builders` and come in by `from_plan`."""
+        if backend is Backend.EAGER:
+            return EagerSegment(self.request(name, attention))
         watch = Stopwatch()
         request = self.request(name, attention)
-        compiled = self._uncompiled(request, backend)
-        if backend is Backend.INDUCTOR:
-            stage = f"Inductor compiles {name.value}"
-            ratio = run_cancellable(lambda: check(compiled, request, self.error_ratio_bound), self.progress, stage)
-            self._note(name, backend, ratio, watch.seconds())
+        compiled = InductorSegment(request, KeptCode(self.cache, self._code_key(request, attention), name.value))
+        self._note(name, backend, self._checked(compiled, request), watch.seconds())
         return compiled
 
-    def _uncompiled(self, request: Request, backend: Backend) -> EagerSegment | InductorSegment:
-        return EagerSegment(request) if backend is Backend.EAGER else InductorSegment(request)
+    def _checked(self, compiled: InductorSegment, request: Request) -> float:
+        """The segment's error ratio. Code from the cache was checked before it was stored: same bytes, same numbers."""
+        ratio = compiled.read()
+        if ratio is not None:
+            return bounded(ratio, compiled, request, self.error_ratio_bound)
+        stage = f"Inductor compiles {request.segment.name.value}"
+        ratio = run_cancellable(lambda: check(compiled, request, self.error_ratio_bound), self.progress, stage)
+        compiled.keep(ratio)
+        return ratio
 
     def products_milliseconds(self, name: SegmentName) -> float:
         """What the segment's matrix products alone take at the profile's optimum; 0 where that is not known.
@@ -155,13 +162,23 @@ class SegmentCompiler:
         self._note(name, Backend.TENSORRT, ratio, watch.seconds())
         return compiled
 
+    def _code_key(self, request: Request, attention: Attention) -> EngineKey:
+        fields = self._fields(request)
+        fields.pop("profile")  # guards say what code takes
+        precision = replace(request.precision, wide=request.segment.name.kind in self.wide)
+        fields |= {"attention": attention.value, "precision": precision.to_dict(), "device": self.device.type}
+        return code_key(fields)
+
     def _key(self, name: SegmentName) -> EngineKey:
-        fields = {**describe(self.request(name), self.arch), "source": source_version(), "weights": "inputs"}
+        return EngineKey("segment", {**self._fields(self.request(name)), "weights": "inputs"})
+
+    def _fields(self, request: Request) -> dict[str, Any]:
+        fields = {**describe(request, self.arch), "source": source_version()}
         # Depths and the numbers around the blocks do not change an engine: schnell, dev and Fill share theirs.
         for irrelevant in ("double_depth", "single_depth", "in_channels", "out_channels", "context_dim", "vec_dim",
                            "guidance", "theta", "axes_dim"):  # fmt: skip
             fields["architecture"].pop(irrelevant)
-        return EngineKey("segment", fields)
+        return fields
 
     def _note(self, name: SegmentName, backend: Backend, ratio: float, seconds: float) -> None:
         self.error_ratios[name, backend] = ratio

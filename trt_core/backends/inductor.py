@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+import logging
 import shutil
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ from ..errors import BuildFailed, first_line
 from ..flux.catalogue import Axis, Segment
 from ..flux.fused import load_kernels
 from .base import Request
+from .inductor_code import Code, CompiledAtCalls, KeptCode, NotAheadError, compile_ahead, mark_dynamic, why_not_ahead
+
+_LOG = logging.getLogger("trt_core.build")
 
 _COMPILE_THREADS = 1
 """Kernels are compiled in this process. Inductor's own number is one process per core, each with PyTorch and Triton in
@@ -37,47 +42,87 @@ def why_not_inductor(device: torch.device) -> str | None:
 
 
 class InductorSegment:
-    """A segment compiled at its first call. One compilation serves every block and every number of tokens.
+    """A segment compiled at its first call, or read from the cache. One code serves every block and number of tokens.
 
-    Batch 1 and batch 2 or more are two compilations, because PyTorch specialises on sizes 0 and 1.
+    Batch 1 and batch 2 or more are two codes, because PyTorch specialises on sizes 0 and 1.
     """
 
     backend = Backend.INDUCTOR
-    plan_bytes = 0
 
-    def __init__(self, request: Request) -> None:
-        self._segment = request.segment
+    def __init__(self, request: Request, kept: KeptCode | None = None) -> None:
+        """`kept`: where this segment's code is kept; None compiles it anew in every process."""
+        self._segment, self._kept = request.segment, kept
         self._dynamic = _dynamic_axes(request.segment)
-        self._seen: set[tuple[int, ...]] = set()
         load_kernels()
         # Now and not at the first call, which is in a thread that a cancel stops: half an import cannot be repeated.
         importlib.import_module("torch._inductor.compile_fx")
         function = _private_copy(request.segment.function, request.segment.name.value)
         self._compiled = torch.compile(function, fullgraph=True, options={"compile_threads": _COMPILE_THREADS})
+        self._why_not_ahead = why_not_ahead()
+        self._codes: list[Code] = []
+        self._checked = False
+        """Whether what is stored is what was checked."""
+        self._unread: Iterator[Code] = kept.read() if kept and self._why_not_ahead is None else iter(())
+
+    @property
+    def plan_bytes(self) -> int:
+        """Of the code in the engine cache."""
+        return self._kept.size_bytes if self._kept else 0
+
+    def read(self) -> float | None:
+        """The error ratio of the code in the cache, from when it was checked; None where there is none to be read."""
+        self._codes.extend(itertools.islice(self._unread, 1))
+        self._checked = bool(self._codes)
+        return self._kept.error_ratio if self._kept and self._checked else None
+
+    def keep(self, error_ratio: float) -> None:
+        """Stores what is compiled, now that it was checked; what other inputs will need is stored beside it."""
+        if self._kept and self._why_not_ahead is None:
+            self._kept.store(self._codes, error_ratio)
+            self._checked = True
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        shape = tuple(tensors[0].shape)
-        if shape in self._seen:
-            return self._compiled(*tensors)
-        self._mark_dynamic(tensors)
+        for code in self._codes:
+            if code.guard_check(*tensors):
+                return code.fn(*tensors)
+        return self._another_code(tensors).fn(*tensors)
+
+    def close(self) -> None:
+        self._codes.clear()
+        del self._compiled
+
+    def _another_code(self, tensors: tuple[Tensor, ...]) -> Code:
+        for code in self._unread:
+            self._codes.append(code)
+            if code.guard_check(*tensors):
+                return code
+        code = self._new_code(tensors)
+        self._codes.append(code)
+        if self._kept and self._checked and self._why_not_ahead is None:
+            self._kept.add(code)
+        return code
+
+    def _new_code(self, tensors: tuple[Tensor, ...]) -> Code:
+        if self._why_not_ahead is None:
+            mark_dynamic(tensors, self._dynamic)
+            try:
+                with self._failing_by_name():
+                    return compile_ahead(self._compiled, tensors)
+            except NotAheadError as error:
+                self._why_not_ahead = str(error)
+        _LOG.info("%s is compiled in each process: %s", self._segment.name.value, self._why_not_ahead)
+        return CompiledAtCalls(self._compiled, self._dynamic, self._failing_by_name)
+
+    @contextmanager
+    def _failing_by_name(self) -> Iterator[None]:
         try:
-            out = self._compiled(*tensors)
+            yield
         except torch._dynamo.exc.TorchDynamoException as error:
             raise BuildFailed(
                 f"Inductor could not compile {self._segment.name.value}: {first_line(error)}",
                 fix='Use backend="eager" or "tensorrt".',
                 widget="backend",
             ) from error
-        self._seen.add(shape)
-        return out
-
-    def close(self) -> None:
-        del self._compiled
-
-    def _mark_dynamic(self, tensors: tuple[Tensor, ...]) -> None:
-        for index, dim in self._dynamic:
-            if tensors[index].shape[dim] > 1:
-                torch._dynamo.maybe_mark_dynamic(tensors[index], dim)
 
 
 def _dynamic_axes(segment: Segment) -> list[tuple[int, int]]:

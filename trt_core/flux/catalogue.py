@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -14,21 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import Profile, ShapeRange
-from . import attention as attention_kernels
-from . import (
-    cudnn_attention,
-    flash3_attention,
-    fp8,
-    fp8_attention,
-    fp8_export,
-    fused,
-    linear,
-    open_sum,
-    rope,
-    segments,
-    side_stream,
-    weights,
-)
+from . import fp8, segments, weights
 from .architecture import FluxArchitecture
 from .precision import FP8, INPUT_SCALE, PLAIN, SCALE, Bound, Precision
 
@@ -172,23 +157,8 @@ def axis_range(profile: Profile, axis: Axis) -> ShapeRange:
 
 @lru_cache(maxsize=1)
 def source_version() -> str:
-    """Digest of the code that defines the segments: part of every engine's cache key, so an edit is a miss."""
-    modules = (
-        attention_kernels,
-        segments,
-        linear,
-        fp8,
-        fp8_attention,
-        cudnn_attention,
-        flash3_attention,
-        fp8_export,
-        fused,
-        open_sum,
-        rope,
-        side_stream,
-    )
-    text = "".join(inspect.getsource(module) for module in modules)
-    text += "".join(path.read_text() for path in sorted(Path(fused.__file__).parent.glob("triton_*.py")))
+    """Digest of this package's code, which defines the segments: part of every engine's cache key."""
+    text = "".join(path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
