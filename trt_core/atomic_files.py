@@ -50,20 +50,20 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Creates the new file `path`, on disk when this returns."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS, 0o666)
+def write_synced(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Creates the new file `path`, on disk when this returns. `mode`: who may use it, less the user's mask."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINKS, mode)
     with os.fdopen(handle, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(handle)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Creates or replaces `path`: a reader, or a crash at any moment, sees the old file or the new one."""
     staging = temporary(path.parent)
     try:
-        write_synced(staging, data)
+        write_synced(staging, data, mode)
         replace(staging, path)
     except BaseException:
         with suppress(OSError):

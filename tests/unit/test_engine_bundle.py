@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from trt_core import engine_bundle
 from trt_core.engine_bundle import BUNDLE_SCHEMA, INDEX, export_bundle, import_bundle
 from trt_core.engine_cache import EngineCache, EngineKey
-from trt_core.engine_manifest import MANIFEST, sha256
+from trt_core.engine_manifest import CODE_KIND, MANIFEST, sha256
 from trt_core.errors import CacheError
 from trt_core.gpu import environment
 
@@ -77,6 +78,23 @@ def test_export_of_chosen_entries(source: EngineCache, target: EngineCache, tmp_
     with pytest.raises(CacheError, match="has no engine ffff"):
         export_bundle(source, tmp_path / "none", [KEYS[1].digest, "f" * 64])
     assert not (tmp_path / "none").exists()
+
+
+def test_code_stays_where_it_was_made(
+    source: EngineCache, target: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither exported nor, from a bundle that holds it all the same, imported."""
+    code = EngineKey(CODE_KIND, {"segment": "single_out"})
+    source.put(code, {"code_000.bin": b"pickle"}, {})
+    assert export_bundle(source, tmp_path / "bundle").entries == len(KEYS)
+    with pytest.raises(CacheError, match=f"has no engine {code.digest}"):
+        export_bundle(source, tmp_path / "code", [code.digest])
+    with monkeypatch.context() as patched:
+        patched.setattr(engine_bundle, "CODE_KIND", "none")
+        export_bundle(source, tmp_path / "code", [code.digest])
+    with pytest.raises(CacheError, match="is code that would run here, which no bundle of ours holds"):
+        import_bundle(target, tmp_path / "code")
+    assert not target.entries()
 
 
 def test_nothing_to_export(target: EngineCache, tmp_path: Path) -> None:
@@ -199,6 +217,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "payload missing": (lambda path: rewrite(path, lambda members: members.pop(ENGINE)), "lacks"),
     "manifest changed": (lambda path: put_member(path, f"{KEYS[1].digest}/{MANIFEST}"), "sha256"),
     "manifest of another engine": (lambda path: change_manifest(path, kind="plan"), "another engine"),
+    "code": (lambda path: change_manifest(path, kind=CODE_KIND), "belongs to another engine"),
     "manifest newer": (lambda path: change_manifest(path, schema=99), "newer version"),
     "manifest escapes": (
         lambda path: change_manifest(path, payloads={"a": {"file": "../x", "size": 1, "sha256": ""}}),

@@ -21,6 +21,8 @@ COMFYUI = {"folder_paths", "server", "nodes", "execution"}
 TENSORRT = {"tensorrt", "tensorrt_rtx", "torch_tensorrt", "modelopt"}
 MAY_IMPORT_TENSORRT = ("trt_core/backends/", "trt_core/quantize")
 CARRIES_ERRORS_BETWEEN_THREADS = {"trt_core/background.py"}
+READS_PICKLES_OF_THIS_USER = {"trt_core/backends/inductor_code.py"}
+"""Behind `code_signature.checked`: PyTorch has no other format for what `torch.compile` made."""
 
 
 def syntax(path: Path) -> ast.Module:
@@ -154,7 +156,8 @@ def _names(expression: ast.expr) -> set[str]:
 
 @all_of([*SHIPPED, *OTHERS])
 def test_no_pickle(path: Path) -> None:
-    assert not {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "joblib"} & set(absolute_imports(syntax(path)))
+    pickles = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "joblib"} & set(absolute_imports(syntax(path)))
+    assert not pickles or path.as_posix() in READS_PICKLES_OF_THIS_USER
 
 
 @pytest.mark.parametrize("module", ["trt_core", "trt_core.packages", "trt_core.config"])

@@ -57,7 +57,8 @@ class InductorSegment:
         # Now and not at the first call, which is in a thread that a cancel stops: half an import cannot be repeated.
         importlib.import_module("torch._inductor.compile_fx")
         function = _private_copy(request.segment.function, request.segment.name.value)
-        self._compiled = torch.compile(function, fullgraph=True, options={"compile_threads": _COMPILE_THREADS})
+        with torch._dynamo.config.patch(enable_aot_compile=True):  # 2.11 asks for it here, 2.13 not any more
+            self._compiled = torch.compile(function, fullgraph=True, options={"compile_threads": _COMPILE_THREADS})
         self._why_not_ahead = why_not_ahead()
         self._codes: list[Code] = []
         self._checked = False

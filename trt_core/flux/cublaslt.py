@@ -13,7 +13,8 @@ import ctypes
 import sys
 import threading
 import weakref
-from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint64, c_void_p, sizeof
+from collections.abc import Sequence
+from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p, sizeof
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -35,8 +36,10 @@ _E4M3, _BF16, _FP32, _COMPUTE_FP32 = 28, 14, 0, 68
 _TRANSPOSE_A, _EPILOGUE, _BIAS, _A_SCALE, _B_SCALE, _FAST_ACCUM, _BIAS_TYPE, _A_MODE, _B_MODE = (
     3, 7, 8, 17, 18, 25, 26, 31, 32,
 )  # fmt: skip
-_TRANSPOSED, _EPILOGUE_BIAS, _SCALE_PER_ROW = 1, 4, 3
-_MAX_WORKSPACE_BYTES = 1
+_TRANSPOSED, _EPILOGUE_NONE, _EPILOGUE_BIAS, _EPILOGUE_GELU_BIAS, _SCALE_PER_ROW = 1, 1, 4, 36, 3
+_MAX_WORKSPACE_BYTES, _MIN_ALIGNMENTS = 1, (5, 6, 7, 8)
+_FULL_ALIGNMENT = 256
+"""Bytes that cuBLASLt takes for granted of addresses if it is told nothing; PyTorch's own allocations have 512."""
 _ALIGNED_ADDRESS = 1 << 40
 """Stands for scales and bias while a kernel is chosen, which looks at addresses and reads nothing."""
 
@@ -48,6 +51,14 @@ class _Found(ctypes.Structure):
         ("algorithm", c_uint64 * 8), ("workspace_bytes", c_size_t), ("state", c_int), ("waves", c_float),
         ("reserved", c_int * 4),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What a description says: the type of both matrices, and what is done to the sums."""
+
+    matrices: int
+    epilogue: int
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -78,19 +89,39 @@ def multiply(
     q [M, K] and weight [N, K] are E4M3, q dense in its last axis; q_scale and weight_scale hold M and N fp32 numbers,
     bias [N] and `out` [M, N] are bf16. Sums are Hopper's fast ones. Runs on PyTorch's current stream.
     """
-    (rows, width), columns = q.shape, weight.shape[0]
-    library, one, zero = _library(), c_float(1.0), c_float(0.0)
-    with torch.cuda.device(q.device), _LOCK:
-        _enter_context(q.device)
-        product = _product_of(q.device.index, rows, columns, width, q.stride(0), out.stride(0), bias is not None)
+    kind = _Kind(_E4M3, _EPILOGUE_NONE if bias is None else _EPILOGUE_BIAS)
+    return _multiply(kind, q, weight, out, ((_A_SCALE, weight_scale), (_B_SCALE, q_scale), (_BIAS, bias)), 0.0)
+
+
+def multiply_bf16(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, gelu: bool = False, onto: bool = False
+) -> bool:
+    """Writes x @ weight.T + bias to `out`, GELU (tanh form) of it where `gelu`; False, and nothing written, where it
+    cannot. `onto` adds what `out` held.
+
+    x [M, K], weight [N, K], bias [N] and `out` [M, N] are bf16, all matrices dense in their last axis. `gelu` needs a
+    bias. Sums are in fp32. Runs on PyTorch's current stream.
+    """
+    epilogue = _EPILOGUE_NONE if bias is None else _EPILOGUE_GELU_BIAS if gelu else _EPILOGUE_BIAS
+    return _multiply(_Kind(_BF16, epilogue), x, weight, out, ((_BIAS, bias),), 1.0 if onto else 0.0)
+
+
+def _multiply(
+    kind: _Kind, x: Tensor, weight: Tensor, out: Tensor, vectors: Sequence[tuple[int, Tensor | None]], beta: float
+) -> bool:
+    library, one, before = _library(), c_float(1.0), c_float(beta)
+    strides, alignment = (x.stride(0), weight.stride(0), out.stride(0)), _alignment(x, weight, out)
+    with torch.cuda.device(x.device), _LOCK:
+        _enter_context(x.device)
+        product = _product_of(x.device.index, kind, x.shape[0], *weight.shape, *strides, alignment)
         if product is None:
             return False
-        for attribute, tensor in ((_A_SCALE, weight_scale), (_B_SCALE, q_scale), (_BIAS, bias)):
+        for attribute, tensor in vectors:
             if tensor is not None:
                 _set(product.description, attribute, c_void_p(tensor.data_ptr()))
         _check(library.cublasLtMatmul(
             product.handle, product.description, byref(one), c_void_p(weight.data_ptr()), product.weight,
-            c_void_p(q.data_ptr()), product.rows, byref(zero), c_void_p(out.data_ptr()), product.out,
+            c_void_p(x.data_ptr()), product.rows, byref(before), c_void_p(out.data_ptr()), product.out,
             c_void_p(out.data_ptr()), product.out, byref(product.found.algorithm), None, c_size_t(0),
             c_void_p(torch.cuda.current_stream().cuda_stream),
         ))  # fmt: skip
@@ -107,14 +138,15 @@ def _enter_context(device: torch.device) -> None:
 
 @lru_cache(maxsize=_KEPT_SHAPES)
 def _product_of(
-    device_index: int, rows: int, columns: int, width: int, stride: int, out_stride: int, with_bias: bool
-) -> _Product | None:
+    device_index: int, kind: _Kind, rows: int, columns: int, width: int, stride: int, weight_stride: int,
+    out_stride: int, alignment: int,
+) -> _Product | None:  # fmt: skip
     """None where cuBLASLt has no kernel for it, for the current GPU. In its order, columns first, the product is
     out^T = weight @ q^T."""
     handle = _handle(device_index)
-    made = (_description(with_bias), _layout(_E4M3, width, columns, width), _layout(_E4M3, width, rows, stride),
-            _layout(_BF16, columns, rows, out_stride))  # fmt: skip
-    found = _found(handle, *made)
+    made = (_description(kind), _layout(kind.matrices, width, columns, weight_stride),
+            _layout(kind.matrices, width, rows, stride), _layout(_BF16, columns, rows, out_stride))  # fmt: skip
+    found = _found(handle, *made, alignment)
     if found is None:
         _destroy(*made)
         return None
@@ -123,14 +155,25 @@ def _product_of(
     return product
 
 
-def _found(handle: c_void_p, description: c_void_p, weight: c_void_p, rows: c_void_p, out: c_void_p) -> _Found | None:
+def _alignment(*matrices: Tensor) -> int:
+    """The largest power of two, in bytes, that divides all addresses."""
+    together = _FULL_ALIGNMENT
+    for matrix in matrices:
+        together |= matrix.data_ptr()
+    return together & -together
+
+
+def _found(
+    handle: c_void_p, description: c_void_p, weight: c_void_p, rows: c_void_p, out: c_void_p, alignment: int
+) -> _Found | None:
     library, preference, found, count = _library(), c_void_p(), _Found(), c_int()
     _check(library.cublasLtMatmulPreferenceCreate(byref(preference)))
     try:
-        size = c_size_t(0)
-        _check(library.cublasLtMatmulPreferenceSetAttribute(
-            preference, _MAX_WORKSPACE_BYTES, byref(size), c_size_t(sizeof(size))
-        ))  # fmt: skip
+        wanted = [(_MAX_WORKSPACE_BYTES, c_size_t(0)), *((name, c_uint32(alignment)) for name in _MIN_ALIGNMENTS)]
+        for attribute, value in wanted:
+            _check(library.cublasLtMatmulPreferenceSetAttribute(
+                preference, attribute, byref(value), c_size_t(sizeof(value))
+            ))  # fmt: skip
         status = library.cublasLtMatmulAlgoGetHeuristic(
             handle, description, weight, rows, out, out, preference, 1, byref(found), byref(count)
         )
@@ -139,17 +182,18 @@ def _found(handle: c_void_p, description: c_void_p, weight: c_void_p, rows: c_vo
     return found if status == 0 and count.value == 1 and found.state == 0 else None
 
 
-def _description(with_bias: bool) -> c_void_p:
+def _description(kind: _Kind) -> c_void_p:
     description = c_void_p()
     _check(_library().cublasLtMatmulDescCreate(byref(description), _COMPUTE_FP32, _FP32))
     _set(description, _TRANSPOSE_A, c_int32(_TRANSPOSED))
-    _set(description, _FAST_ACCUM, c_int8(1))
-    for attribute in (_A_MODE, _B_MODE):
-        _set(description, attribute, c_int32(_SCALE_PER_ROW))
-    for attribute in (_A_SCALE, _B_SCALE):
-        _set(description, attribute, c_void_p(_ALIGNED_ADDRESS))
-    if with_bias:
-        _set(description, _EPILOGUE, c_int32(_EPILOGUE_BIAS))
+    if kind.matrices == _E4M3:
+        _set(description, _FAST_ACCUM, c_int8(1))
+        for attribute in (_A_MODE, _B_MODE):
+            _set(description, attribute, c_int32(_SCALE_PER_ROW))
+        for attribute in (_A_SCALE, _B_SCALE):
+            _set(description, attribute, c_void_p(_ALIGNED_ADDRESS))
+    if kind.epilogue != _EPILOGUE_NONE:
+        _set(description, _EPILOGUE, c_int32(kind.epilogue))
         _set(description, _BIAS_TYPE, c_int32(_BF16))
         _set(description, _BIAS, c_void_p(_ALIGNED_ADDRESS))
     return description
@@ -183,7 +227,7 @@ def _handle(device_index: int) -> c_void_p:
 
 def _check(status: int) -> None:
     if status != 0:
-        raise RuntimeError(f"cuBLASLt refuses a product of E4M3 matrices (status {status}).")
+        raise RuntimeError(f"cuBLASLt refuses a product of matrices (status {status}).")
 
 
 def _why_not_loaded() -> str | None:

@@ -1,0 +1,162 @@
+"""Code that is kept: what it saves a new process, what is not kept, and what is not read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.kept_code import KEY, NAME, graphs, inputs, with_code_in
+from tests.unit.tiny_flux import bfl_weights, call_inputs, loaded, run, tiny_transformer
+from trt_core.backends import inductor_code
+from trt_core.backends.inductor import InductorSegment
+from trt_core.code_signature import signed
+from trt_core.config import Backend
+from trt_core.engine_cache import EngineCache
+from trt_core.engine_manifest import CODE_KIND
+from trt_core.errors import BuildFailed
+
+RATIO = 0.75
+SMALL = {"double": 1, "single": 1, "head_dim": 16}
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def compiled_and_kept(folder: Path, *batches: int) -> InductorSegment:
+    made = with_code_in(folder)
+    assert made.read() is None
+    made(*inputs(batches[0]))
+    made.keep(RATIO)
+    for batch in batches[1:]:
+        made(*inputs(batch))
+    return made
+
+
+def files(folder: Path) -> list[str]:
+    entry = EngineCache(folder).get(KEY)
+    return sorted(entry.manifest.payloads) if entry else []
+
+
+def test_the_same_bits_without_tracing(tmp_path: Path) -> None:
+    made = compiled_and_kept(tmp_path, 1, 2)
+    assert files(tmp_path) == ["code_000.bin", "code_001.bin"]
+    before, again = graphs(), with_code_in(tmp_path)
+    assert again.read() == RATIO
+    for batch in (2, 1, 3):
+        for seen, expected in zip(again(*inputs(batch)), made(*inputs(batch)), strict=True):
+            assert torch.equal(seen, expected)
+    assert graphs() == before
+    assert again.plan_bytes == made.plan_bytes == sum(path.stat().st_size for path in tmp_path.rglob("code_*")) > 0
+
+
+def test_in_a_new_process(tmp_path: Path) -> None:
+    made = compiled_and_kept(tmp_path, 1, 2)
+    command = [sys.executable, "-m", "tests.unit.kept_code", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    sums = [float(out.double().sum()) for batch in (1, 2) for out in made(*inputs(batch))]
+    assert json.loads(done.stdout) == {"ratio": RATIO, "sums": sums, "graphs": 0}
+
+
+def test_what_was_not_checked_is_not_kept(tmp_path: Path) -> None:
+    made = with_code_in(tmp_path)
+    made(*inputs())
+    made(*inputs(2))
+    assert files(tmp_path) == []
+    made.keep(RATIO)
+    assert len(files(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "signed_for", "why"),
+    [
+        (b"no pickle", None, "not written by this user's own processes"),
+        (b"no pickle", "code_001.bin", "not written by this user's own processes"),
+        (b"no pickle", "code_000.bin", "invalid load key"),
+        (b"", "code_000.bin", "Ran out of input"),
+    ],
+    ids=["foreign", "of another place", "damaged before it was signed", "empty"],
+)
+def test_what_cannot_be_read_is_compiled_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, data: bytes, signed_for: str | None, why: str
+) -> None:
+    expected = compiled_and_kept(tmp_path, 1)(*inputs())
+    marked = data if signed_for is None else signed(data, f"{KEY.digest}/{signed_for}")
+    EngineCache(tmp_path).update(KEY, "code_000.bin", marked)
+    again = with_code_in(tmp_path)
+    assert again.read() is None
+    assert f"The cached code of {NAME.value} is compiled again: " in caplog.text
+    assert why in caplog.text
+    assert torch.equal(again(*inputs())[0], expected[0])
+    again.keep(RATIO)
+    assert with_code_in(tmp_path).read() == RATIO
+
+
+def test_another_users_code_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_and_kept(tmp_path / "cache", 1)
+    for variable in ("XDG_CONFIG_HOME", "APPDATA"):
+        monkeypatch.setenv(variable, str(tmp_path / "somebody else"))
+    monkeypatch.setattr(torch.compiler, "load_compiled_function", lambda file: pytest.fail("opened"))
+    assert with_code_in(tmp_path / "cache").read() is None
+
+
+def test_where_nothing_can_be_kept_it_works_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    for variable in ("XDG_CONFIG_HOME", "APPDATA"):
+        monkeypatch.setenv(variable, str(tmp_path / "file"))
+    expected = compiled_and_kept(tmp_path / "cache", 1)
+    assert f"The code of {NAME.value} works but is not kept: This user's key" in caplog.text
+    assert torch.isfinite(expected(*inputs())[0]).all()
+    assert files(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.14.0a0+git", "nightly"])
+def test_versions_that_were_not_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str
+) -> None:
+    """They compile as `torch.compile` does: once for one picture, once for several, in each process."""
+    monkeypatch.setattr(torch, "__version__", version)
+    assert inductor_code.why_not_ahead() == f"PyTorch {version} was not tried"
+    caplog.set_level(logging.INFO)
+    expected, before = compiled_and_kept(tmp_path, 1), graphs()
+    assert f"{NAME.value} is compiled in each process: PyTorch {version} was not tried" in caplog.text
+    assert files(tmp_path) == []
+    for batch, new in ((1, 0), (2, 1), (3, 1)):
+        assert torch.isfinite(expected(*inputs(batch))[0]).all()
+        assert graphs() == before + new
+
+
+def test_without_pytorchs_caches(tmp_path: Path) -> None:
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert inductor_code.why_not_ahead() == "PyTorch's caches are switched off"
+        compiled_and_kept(tmp_path, 1)
+    assert files(tmp_path) == []
+
+
+def test_a_module_finds_its_blocks(tmp_path: Path) -> None:
+    """The error that was measured when they were stored is still the bound's to judge."""
+    model = tiny_transformer(**SMALL, adversarial=True)
+    weights, arguments = bfl_weights(model), call_inputs(model)
+    first = loaded(weights, tmp_path, Backend.INDUCTOR)
+    expected, before = run(first, arguments), graphs()
+    again = loaded(weights, tmp_path, Backend.INDUCTOR)
+    assert torch.equal(run(again, arguments), expected)
+    assert graphs() == before
+    ratios = [{m.what: m.error_ratio for m in module.report().measurements} for module in (first, again)]
+    assert ratios[0] == ratios[1]
+    assert again.report().plan_bytes == first.report().plan_bytes > 0
+    kinds = [entry.manifest.kind for entry in EngineCache(tmp_path).entries()]
+    assert kinds.count(CODE_KIND) == 2
+    with pytest.raises(BuildFailed, match=r"inductor's double_block has .* times eager PyTorch's error"):
+        run(loaded(weights, tmp_path, Backend.INDUCTOR, error_ratio_bound=1e-9), arguments)
