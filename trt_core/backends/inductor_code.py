@@ -36,7 +36,7 @@ _OLDEST, _NEWEST = (2, 11), (2, 13)
 """PyTorch 2.11 (GPU) and 2.13 (CPU) were tried."""
 _RATIO = "error_ratio"
 _UNREADABLE = (
-    pickle.PickleError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
+    pickle.PickleError, ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, OSError,
     RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 """What pickle and PyTorch's format raise for what they cannot read or write."""
