@@ -137,6 +137,17 @@ def test_accumulated_product_is_an_operator() -> None:
     torch.library.opcheck(fused._ACCUMULATED_PRODUCT, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("gelu", [False, True])
+def test_plain_product_is_an_operator(gelu: bool) -> None:
+    x, weight, bias = product_of(normal(2, 5, 16), 24)
+    torch.library.opcheck(fused._PLAIN_PRODUCT, (x, weight, bias, gelu), test_utils=("test_schema", "test_faketensor"))
+    expected = F.linear(x, weight, bias)
+    seen = fused._PLAIN_PRODUCT(x, weight, bias, gelu)
+    assert relative_l2(seen, F.gelu(expected, approximate="tanh") if gelu else expected) < (
+        EXACT_GELU if gelu else 1e-6
+    )
+
+
 @pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("name", BLOCKS)
 def test_cut_blocks_are_the_same_blocks(

@@ -127,7 +127,11 @@ def plain_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _is_ours(x: Tensor) -> bool:
-    """Whether products of x are `cublaslt`'s: in bf16, for one picture, where this was measured to be faster."""
+    """Whether products of x are `cublaslt`'s: in bf16, for one picture.
+
+    H200, in turns with PyTorch: 35 products of 512 to 4608 rows took 0.986 of its time in the mean and 1.004 at most,
+    20 of 8704 to 16896 rows 0.999 (0.975 to 1.016).
+    """
     return x.dtype is torch.bfloat16 and x.dim() == 3 and x.shape[0] == 1
 
 
