@@ -232,14 +232,15 @@ def _accumulated_product(attn: Tensor, mlp: Tensor, weight: Tensor, bias: Tensor
     width = attn.shape[-1]
     out = _empty_product(attn, mlp, weight, bias)
     flat = out.flatten(0, -2)
-    _product(attn.flatten(0, -2), weight[:, :width], bias, flat)
-    _product(mlp.flatten(0, -2), weight[:, width:], None, flat)
+    ours = _is_ours(attn)
+    _product(attn.flatten(0, -2), weight[:, :width], bias, flat, ours)
+    _product(mlp.flatten(0, -2), weight[:, width:], None, flat, ours)
     return out
 
 
 def _plain_product(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
     out = _empty_plain_product(x, weight, bias, gelu)
-    _product(x.flatten(0, -2), weight, bias, out.flatten(0, -2), gelu)
+    _product(x.flatten(0, -2), weight, bias, out.flatten(0, -2), gelu=gelu)
     return out
 
 
@@ -247,9 +248,12 @@ def _empty_plain_product(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) ->
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, gelu: bool = False) -> None:
+def _product(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, ours: bool = True, *, gelu: bool = False
+) -> None:
     """Writes rows @ weight^T + bias to `out`, GELU of it where `gelu`; without a bias, adds the product onto `out`."""
-    if _fits_cublaslt(rows, weight) and cublaslt.multiply_bf16(rows, weight, bias, out, gelu=gelu, onto=bias is None):
+    ours = ours and _fits_cublaslt(rows, weight)
+    if ours and cublaslt.multiply_bf16(rows, weight, bias, out, gelu=gelu, onto=bias is None):
         return
     if bias is None:
         out.addmm_(rows, weight.t())
