@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -80,9 +81,11 @@ def test_the_same_bits_without_tracing(kept: Kept) -> None:
     assert again.plan_bytes == kept.plan_bytes == stored > 0
 
 
-def test_in_a_new_process(kept: Kept) -> None:
+def test_in_a_new_process(kept: Kept, tmp_path: Path) -> None:
+    """Also where Inductor's own cache, which is a temporary folder, is gone."""
     command = [sys.executable, "-m", "tests.unit.kept_code", str(kept.folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     sums = [float(out.double().sum()) for batch in (1, 2) for out in kept.outputs[batch]]
     assert json.loads(done.stdout) == {"ratio": RATIO, "sums": sums, "graphs": 0}
@@ -129,6 +132,17 @@ def test_another_users_code_is_compiled_again_and_never_opened(
     assert torch.equal(again(*inputs())[0], kept.outputs[1][0])
     assert files(folder) == ["code_000.bin"], "what the other user had is replaced"
     assert with_code_in(folder).read() == RATIO
+
+
+def test_inductors_options_are_part_of_the_key() -> None:
+    fields = {"segment": NAME.value}
+    assert inductor_code.code_key(fields) == KEY
+    with torch._inductor.config.patch(coordinate_descent_tuning=True):
+        assert inductor_code.code_key(fields).digest != KEY.digest
+    with torch._inductor.config.patch(post_grad_custom_post_pass=lambda graph: None):
+        other = inductor_code.code_key(fields)
+    with torch._inductor.config.patch(post_grad_custom_post_pass=lambda graph: None):
+        assert inductor_code.code_key(fields) == other, "a function's address is no option"
 
 
 def test_where_nothing_can_be_kept_it_works_all_the_same(

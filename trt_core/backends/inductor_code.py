@@ -28,7 +28,7 @@ from torch import Tensor
 from ..code_signature import checked, signed
 from ..engine_cache import EngineCache, EngineKey
 from ..engine_entry import Entry
-from ..engine_manifest import CODE_KIND
+from ..engine_manifest import CODE_KIND, sha256
 from ..errors import CacheError, first_line
 
 _LOG = logging.getLogger("trt_core.build")
@@ -169,7 +169,20 @@ def code_key(fields: dict[str, Any]) -> EngineKey:
     and as a ComfyUI pack it has different ones.
     """
     versions = {"python": sys.version, "torch_git": str(torch.version.git_version), "package": __package__}
-    return EngineKey(CODE_KIND, {**fields, **versions})
+    return EngineKey(CODE_KIND, {**fields, **versions, "inductor_options": _options()})
+
+
+def _options() -> str:
+    """A digest of Inductor's options that are plain values. A function among them has another text in each process."""
+    config = importlib.import_module("torch._inductor.config").get_config_copy()
+    plain = sorted((name, repr(value)) for name, value in config.items() if _is_plain(value))
+    return sha256(repr(plain).encode())[:16]
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _file_names() -> Iterator[str]:
