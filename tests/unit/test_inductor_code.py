@@ -164,7 +164,7 @@ def test_versions_that_were_not_tried(
     """They compile as `torch.compile` does: once for one picture, once for several, in each process."""
     monkeypatch.setattr(torch, "__version__", version)
     assert inductor_code.why_not_ahead() == f"PyTorch {version} was not tried"
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="trt_core.build")
     expected, before = compiled_and_kept(tmp_path, 1), graphs()
     assert f"{NAME.value} is compiled in each process: PyTorch {version} was not tried" in caplog.text
     assert files(tmp_path) == []
