@@ -56,10 +56,11 @@ class _Found(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What a description says: the type of both matrices, and what is done to the sums."""
+    """The type of both matrices, what is done to the sums, and which proposed kernel does it."""
 
     matrices: int
     epilogue: int
+    choice: int
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -83,28 +84,37 @@ def why_not(device_index: int) -> str | None:
 
 
 def multiply(
-    q: Tensor, q_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor
+    q: Tensor,
+    q_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    choice: int = 0,
 ) -> bool:
     """Writes (q * q_scale) @ (weight * weight_scale).T + bias to `out`; False, and nothing written, where it cannot.
 
     q [M, K] and weight [N, K] are E4M3, q dense in its last axis; q_scale and weight_scale hold M and N fp32 numbers,
-    bias [N] and `out` [M, N] are bf16. Sums are Hopper's fast ones. Runs on PyTorch's current stream.
+    bias [N] and `out` [M, N] are bf16. Sums are Hopper's fast ones. `choice`: which of the kernels that cuBLASLt
+    proposes, from 0, the one it thinks the fastest. Runs on PyTorch's current stream.
     """
-    kind = _Kind(_E4M3, _EPILOGUE_NONE if bias is None else _EPILOGUE_BIAS)
+    kind = _Kind(_E4M3, _EPILOGUE_NONE if bias is None else _EPILOGUE_BIAS, choice)
     return _multiply(kind, q, weight, out, ((_A_SCALE, weight_scale), (_B_SCALE, q_scale), (_BIAS, bias)), 0.0)
 
 
 def multiply_bf16(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, gelu: bool = False, onto: bool = False
-) -> bool:
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, gelu: bool = False, onto: bool = False,
+    choice: int = 0,
+) -> bool:  # fmt: skip
     """Writes x @ weight.T + bias to `out`, GELU (tanh form) of it where `gelu`; False, and nothing written, where it
     cannot. `onto` adds what `out` held.
 
     x [M, K], weight [N, K], bias [N] and `out` [M, N] are bf16, all matrices dense in their last axis. `gelu` needs a
-    bias. Sums are in fp32. Runs on PyTorch's current stream.
+    bias. Sums are in fp32. `choice` as in `multiply`. Runs on PyTorch's current stream.
     """
     epilogue = _EPILOGUE_NONE if bias is None else _EPILOGUE_GELU_BIAS if gelu else _EPILOGUE_BIAS
-    return _multiply(_Kind(_BF16, epilogue), x, weight, out, ((_BIAS, bias),), 1.0 if onto else 0.0)
+    return _multiply(_Kind(_BF16, epilogue, choice), x, weight, out, ((_BIAS, bias),), 1.0 if onto else 0.0)
 
 
 def _multiply(
@@ -147,7 +157,7 @@ def _product_of(
     handle = _handle(device_index)
     made = (_description(kind), _layout(kind.matrices, width, columns, weight_stride),
             _layout(kind.matrices, width, rows, stride), _layout(_BF16, columns, rows, out_stride))  # fmt: skip
-    found = _found(handle, *made, alignment)
+    found = _found(handle, *made, alignment, kind.choice)
     if found is None:
         _destroy(*made)
         return None
@@ -165,9 +175,15 @@ def _alignment(*matrices: Tensor) -> int:
 
 
 def _found(
-    handle: c_void_p, description: c_void_p, weight: c_void_p, rows: c_void_p, out: c_void_p, alignment: int
+    handle: c_void_p,
+    description: c_void_p,
+    weight: c_void_p,
+    rows: c_void_p,
+    out: c_void_p,
+    alignment: int,
+    choice: int,
 ) -> _Found | None:
-    library, preference, found, count = _library(), c_void_p(), _Found(), c_int()
+    library, preference, found, count = _library(), c_void_p(), (_Found * (choice + 1))(), c_int()
     _check(library.cublasLtMatmulPreferenceCreate(byref(preference)))
     try:
         wanted = [(_MAX_WORKSPACE_BYTES, c_size_t(0)), *((name, c_uint32(alignment)) for name in _MIN_ALIGNMENTS)]
@@ -176,11 +192,12 @@ def _found(
                 preference, attribute, byref(value), c_size_t(sizeof(value))
             ))  # fmt: skip
         status = library.cublasLtMatmulAlgoGetHeuristic(
-            handle, description, weight, rows, out, out, preference, 1, byref(found), byref(count)
+            handle, description, weight, rows, out, out, preference, choice + 1, found, byref(count)
         )
     finally:
         library.cublasLtMatmulPreferenceDestroy(preference)
-    return found if status == 0 and count.value == 1 and found.state == 0 else None
+    there = status == 0 and count.value > choice and found[choice].state == 0
+    return _Found.from_buffer_copy(found[choice]) if there else None
 
 
 def _description(kind: _Kind) -> c_void_p:
