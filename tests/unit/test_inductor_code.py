@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -196,3 +198,15 @@ def test_a_module_finds_its_blocks(tmp_path: Path) -> None:
     assert kinds.count(CODE_KIND) == 2
     with pytest.raises(BuildFailed, match=r"inductor's double_block has .* times eager PyTorch's error"):
         run(loaded(weights, tmp_path, Backend.INDUCTOR, error_ratio_bound=1e-9), arguments)
+
+
+def test_what_cannot_be_kept_says_why() -> None:
+    """Guards on an object that no file can hold; and a function that was not made ready for it."""
+    factor = SimpleNamespace(value=2.0, lock=threading.Lock())
+    with torch._dynamo.config.patch(enable_aot_compile=True):
+        scaled = torch.compile(lambda x: x * factor.value, fullgraph=True)
+    with pytest.raises(inductor_code.NotAheadError, match=r"cannot keep its guards \(.*pickle"):
+        inductor_code.compile_ahead(scaled, [torch.ones(2)])
+    assert torch.equal(scaled(torch.ones(2)), torch.full((2,), 2.0)), "it compiles all the same"
+    with pytest.raises(inductor_code.NotAheadError, match="does not offer it"):
+        inductor_code.compile_ahead(torch.nn.functional.relu, [torch.ones(2)])

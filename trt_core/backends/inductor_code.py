@@ -1,8 +1,8 @@
 """Inductor's code of one segment in the engine cache: a new process neither traces nor lowers the segment again.
 
-Measured on an H200, FLUX.1-dev, a first call with everything cached: 4.2 s in bf16 and 5.2 s in FP8 from Inductor's own
-cache, which still has to be asked by tracing; 2.8 and 2.4 s with kept code. And Inductor's own is in the system's
-temporary folder, which many systems empty when they start.
+Measured on H200s, FLUX.1-dev, a first call with everything cached: 4.2 s in bf16 and 5.2 s in FP8 from Inductor's own
+cache, which still has to be asked by tracing; 2.7 to 2.9 and 2.3 to 4.1 s with kept code. And Inductor's own is in the
+system's temporary folder, which many systems empty when they start.
 
 The format is PyTorch's (`torch.compiler.load_compiled_function`), which calls it experimental: it is used with the
 versions that were tried. It is a pickle, the only one in this project: what is loaded carries the mark of this user's
@@ -96,11 +96,15 @@ def why_not_ahead() -> str | None:
 
 def compile_ahead(compiled: Any, tensors: Sequence[Tensor]) -> Code:
     """The code for inputs like `tensors`; `compiled`: what `torch.compile` returned. Raises `NotAheadError`."""
+    if not hasattr(compiled, "aot_compile"):
+        raise NotAheadError(f"PyTorch {torch.__version__} does not offer it")
     bypass = importlib.import_module("torch._functorch._aot_autograd.autograd_cache").BypassAOTAutogradCache
     try:
         return cast(Code, compiled.aot_compile((tuple(tensors), {})))
     except bypass as error:
         raise NotAheadError(f"PyTorch cannot keep its graph ({first_line(error)})") from error
+    except (torch._dynamo.exc.PackageError, pickle.PickleError, TypeError) as error:  # TypeError: pickle's own, too
+        raise NotAheadError(f"PyTorch cannot keep its guards ({first_line(error)})") from error
 
 
 @dataclass(slots=True)
