@@ -36,6 +36,8 @@ TINY = FluxArchitecture(
     context_dim=64, vec_dim=32, guidance=True, axes_dim=(16, 56, 56),
 )  # fmt: skip
 PYTORCH, FIRST = "PyTorch", "cuBLASLt 0"
+WORKSPACE_BYTES = 32 << 20
+"""What PyTorch gives cuBLASLt on Hopper: room for sums of products that are split along K."""
 TILE_ROWS, TILE_COLUMNS = 128, 256
 """Of the kernels that cuBLASLt takes for FLUX's large products on Hopper."""
 
@@ -114,13 +116,13 @@ class Inputs:
         else:
             torch.addmm(self.bias, self.x, self.weight.t(), out=self.out)
 
-    def by_cublaslt(self, choice: int = 0, rows: slice = slice(None)) -> bool:
+    def by_cublaslt(self, proposal: cublaslt.Proposal = cublaslt.FIRST, rows: slice = slice(None)) -> bool:
         x, out = self.x[rows], self.out[rows]
         if self.product.fp8:
             scales = self.x_scale[rows], self.weight, self.weight_scale
-            return cublaslt.multiply(x, *scales, self.bias, out, choice=choice)
+            return cublaslt.multiply(x, *scales, self.bias, out, proposal=proposal)
         about = {"gelu": self.product.gelu, "onto": self.product.onto}
-        return cublaslt.multiply_bf16(x, self.weight, self.bias, out, **about, choice=choice)
+        return cublaslt.multiply_bf16(x, self.weight, self.bias, out, **about, proposal=proposal)
 
     def in_two(self, rows: int) -> None:
         self.by_cublaslt(rows=slice(0, rows))
@@ -133,13 +135,22 @@ def ways(inputs: Inputs, proposals: int) -> dict[str, Callable[[], object]]:
     device = inputs.out.device
     if device.type != "cuda" or cublaslt.why_not(device.index):
         return found
-    for choice in range(proposals):
-        if not inputs.by_cublaslt(choice):
-            break
-        found[f"cuBLASLt {choice}"] = partial(inputs.by_cublaslt, choice)
+    found |= _proposals(inputs, proposals, "cuBLASLt {}", None)
+    room = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+    found |= _proposals(inputs, proposals, "cuBLASLt {} with workspace", room)
     cut = inputs.product.cut_rows(torch.cuda.get_device_properties(device).multi_processor_count)
     if cut and FIRST in found:
         found[f"{cut} rows, then {inputs.product.rows - cut}"] = partial(inputs.in_two, cut)
+    return found
+
+
+def _proposals(inputs: Inputs, most: int, name: str, workspace: Tensor | None) -> dict[str, Callable[[], object]]:
+    found: dict[str, Callable[[], object]] = {}
+    for place in range(most):
+        proposal = cublaslt.Proposal(place, workspace)
+        if not inputs.by_cublaslt(proposal):
+            break
+        found[name.format(place)] = partial(inputs.by_cublaslt, proposal)
     return found
 
 
@@ -246,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--px", type=int, default=1024, help="side of the picture")
     parser.add_argument("--text-tokens", type=int, default=512)
-    parser.add_argument("--proposals", type=int, default=12, help="kernels of cuBLASLt's that are tried")
+    parser.add_argument("--proposals", type=int, default=8, help="kernels that are tried, without a workspace and with")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--turn-ms", type=float, default=40.0, help="milliseconds of one kernel without a pause")
     parser.add_argument("--run", default=time.strftime("%Y%m%d-%H%M%S"), help="name that ties the lines of one run")

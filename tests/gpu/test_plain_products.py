@@ -93,12 +93,14 @@ def test_in_a_cuda_graph() -> None:
         assert torch.equal(captured, fused._PLAIN_PRODUCT(x, weight, bias, True))
 
 
-def test_other_kernels_compute_the_same() -> None:
-    """cuBLASLt's further proposals, until there are no more."""
+@pytest.mark.parametrize("workspace_bytes", [0, 32 << 20])
+def test_other_kernels_compute_the_same(workspace_bytes: int) -> None:
+    """cuBLASLt's further proposals, until there are no more; with a workspace they may split the sums."""
+    room = torch.empty(workspace_bytes, dtype=torch.uint8, device=DEVICE) if workspace_bytes else None
     x, weight, bias = normal(4608, 1536), normal(3072, 1536, seed=1, size=1536**-0.5), normal(3072, seed=2)
     exact, own, tried = F.linear(x.float(), weight.float(), bias.float()), F.linear(x, weight, bias), 0
     out = torch.empty_like(own)
-    while cublaslt.multiply_bf16(x, weight, bias, out.fill_(7), choice=tried):
+    while cublaslt.multiply_bf16(x, weight, bias, out.fill_(7), proposal=cublaslt.Proposal(tried, room)):
         assert relative_l2(out, exact) < AS_CLOSE * relative_l2(own, exact)
         tried += 1
     assert tried > 1

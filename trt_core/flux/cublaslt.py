@@ -55,12 +55,32 @@ class _Found(ctypes.Structure):
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
-    """The type of both matrices, what is done to the sums, and which proposed kernel does it."""
+class Proposal:
+    """Which of the kernels that cuBLASLt proposes, from 0, the one it thinks the fastest; and memory that they may use,
+    which must stay until the product is done."""
+
+    place: int = 0
+    workspace: Tensor | None = None
+
+
+FIRST = Proposal()
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a description says: the type of both matrices, and what is done to the sums."""
 
     matrices: int
     epilogue: int
-    choice: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What a kernel must take, and which of those that do is meant."""
+
+    alignment: int
+    place: int
+    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -85,46 +105,44 @@ def why_not(device_index: int) -> str | None:
 
 def multiply(
     q: Tensor,
-    q_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    *,
-    choice: int = 0,
-) -> bool:
+    q_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor, *,
+    proposal: Proposal = FIRST,
+) -> bool:  # fmt: skip
     """Writes (q * q_scale) @ (weight * weight_scale).T + bias to `out`; False, and nothing written, where it cannot.
 
     q [M, K] and weight [N, K] are E4M3, q dense in its last axis; q_scale and weight_scale hold M and N fp32 numbers,
-    bias [N] and `out` [M, N] are bf16. Sums are Hopper's fast ones. `choice`: which of the kernels that cuBLASLt
-    proposes, from 0, the one it thinks the fastest. Runs on PyTorch's current stream.
+    bias [N] and `out` [M, N] are bf16. Sums are Hopper's fast ones. Runs on PyTorch's current stream.
     """
-    kind = _Kind(_E4M3, _EPILOGUE_NONE if bias is None else _EPILOGUE_BIAS, choice)
-    return _multiply(kind, q, weight, out, ((_A_SCALE, weight_scale), (_B_SCALE, q_scale), (_BIAS, bias)), 0.0)
+    work = _Work(_E4M3, _EPILOGUE_NONE if bias is None else _EPILOGUE_BIAS)
+    vectors = ((_A_SCALE, weight_scale), (_B_SCALE, q_scale), (_BIAS, bias))
+    return _multiply(work, proposal, q, weight, out, vectors, 0.0)
 
 
 def multiply_bf16(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, gelu: bool = False, onto: bool = False,
-    choice: int = 0,
+    proposal: Proposal = FIRST,
 ) -> bool:  # fmt: skip
     """Writes x @ weight.T + bias to `out`, GELU (tanh form) of it where `gelu`; False, and nothing written, where it
     cannot. `onto` adds what `out` held.
 
     x [M, K], weight [N, K], bias [N] and `out` [M, N] are bf16, all matrices dense in their last axis. `gelu` needs a
-    bias. Sums are in fp32. `choice` as in `multiply`. Runs on PyTorch's current stream.
+    bias. Sums are in fp32. Runs on PyTorch's current stream.
     """
     epilogue = _EPILOGUE_NONE if bias is None else _EPILOGUE_GELU_BIAS if gelu else _EPILOGUE_BIAS
-    return _multiply(_Kind(_BF16, epilogue, choice), x, weight, out, ((_BIAS, bias),), 1.0 if onto else 0.0)
+    return _multiply(_Work(_BF16, epilogue), proposal, x, weight, out, ((_BIAS, bias),), 1.0 if onto else 0.0)
 
 
 def _multiply(
-    kind: _Kind, x: Tensor, weight: Tensor, out: Tensor, vectors: Sequence[tuple[int, Tensor | None]], beta: float
-) -> bool:
-    library, one, before = _library(), c_float(1.0), c_float(beta)
-    strides, alignment = (x.stride(0), weight.stride(0), out.stride(0)), _alignment(x, weight, out)
+    work: _Work, proposal: Proposal, x: Tensor, weight: Tensor, out: Tensor,
+    vectors: Sequence[tuple[int, Tensor | None]], beta: float,
+) -> bool:  # fmt: skip
+    library, one, before, room = _library(), c_float(1.0), c_float(beta), proposal.workspace
+    room_bytes, room_address = (0, None) if room is None else (room.nbytes, room.data_ptr())
+    wish = _Wish(_alignment(x, weight, out), proposal.place, room_bytes)
+    strides = (x.stride(0), weight.stride(0), out.stride(0))
     with torch.cuda.device(x.device), _LOCK:
         _enter_context(x.device)
-        product = _product_of(x.device.index, kind, x.shape[0], *weight.shape, *strides, alignment)
+        product = _product_of(x.device.index, work, wish, x.shape[0], *weight.shape, *strides)
         if product is None:
             return False
         for attribute, tensor in vectors:
@@ -133,8 +151,8 @@ def _multiply(
         _check(library.cublasLtMatmul(
             product.handle, product.description, byref(one), c_void_p(weight.data_ptr()), product.weight,
             c_void_p(x.data_ptr()), product.rows, byref(before), c_void_p(out.data_ptr()), product.out,
-            c_void_p(out.data_ptr()), product.out, byref(product.found.algorithm), None, c_size_t(0),
-            c_void_p(torch.cuda.current_stream().cuda_stream),
+            c_void_p(out.data_ptr()), product.out, byref(product.found.algorithm), c_void_p(room_address),
+            c_size_t(room_bytes), c_void_p(torch.cuda.current_stream().cuda_stream),
         ))  # fmt: skip
     return True
 
@@ -149,15 +167,15 @@ def _enter_context(device: torch.device) -> None:
 
 @lru_cache(maxsize=_KEPT_SHAPES)
 def _product_of(
-    device_index: int, kind: _Kind, rows: int, columns: int, width: int, stride: int, weight_stride: int,
-    out_stride: int, alignment: int,
+    device_index: int, work: _Work, wish: _Wish, rows: int, columns: int, width: int, stride: int, weight_stride: int,
+    out_stride: int,
 ) -> _Product | None:  # fmt: skip
-    """None where cuBLASLt has no kernel for it, for the current GPU. In its order, columns first, the product is
-    out^T = weight @ q^T."""
+    """None where cuBLASLt has no such kernel, for the current GPU. In its order, columns first, the product is
+    out^T = weight @ x^T."""
     handle = _handle(device_index)
-    made = (_description(kind), _layout(kind.matrices, width, columns, weight_stride),
-            _layout(kind.matrices, width, rows, stride), _layout(_BF16, columns, rows, out_stride))  # fmt: skip
-    found = _found(handle, *made, alignment, kind.choice)
+    made = (_description(work), _layout(work.matrices, width, columns, weight_stride),
+            _layout(work.matrices, width, rows, stride), _layout(_BF16, columns, rows, out_stride))  # fmt: skip
+    found = _found(handle, *made, wish)
     if found is None:
         _destroy(*made)
         return None
@@ -175,43 +193,37 @@ def _alignment(*matrices: Tensor) -> int:
 
 
 def _found(
-    handle: c_void_p,
-    description: c_void_p,
-    weight: c_void_p,
-    rows: c_void_p,
-    out: c_void_p,
-    alignment: int,
-    choice: int,
+    handle: c_void_p, description: c_void_p, weight: c_void_p, rows: c_void_p, out: c_void_p, wish: _Wish
 ) -> _Found | None:
-    library, preference, found, count = _library(), c_void_p(), (_Found * (choice + 1))(), c_int()
+    library, preference, found, count = _library(), c_void_p(), (_Found * (wish.place + 1))(), c_int()
     _check(library.cublasLtMatmulPreferenceCreate(byref(preference)))
     try:
-        wanted = [(_MAX_WORKSPACE_BYTES, c_size_t(0)), *((name, c_uint32(alignment)) for name in _MIN_ALIGNMENTS)]
-        for attribute, value in wanted:
+        alignments = ((name, c_uint32(wish.alignment)) for name in _MIN_ALIGNMENTS)
+        for attribute, value in ((_MAX_WORKSPACE_BYTES, c_size_t(wish.workspace_bytes)), *alignments):
             _check(library.cublasLtMatmulPreferenceSetAttribute(
                 preference, attribute, byref(value), c_size_t(sizeof(value))
             ))  # fmt: skip
         status = library.cublasLtMatmulAlgoGetHeuristic(
-            handle, description, weight, rows, out, out, preference, choice + 1, found, byref(count)
+            handle, description, weight, rows, out, out, preference, wish.place + 1, found, byref(count)
         )
     finally:
         library.cublasLtMatmulPreferenceDestroy(preference)
-    there = status == 0 and count.value > choice and found[choice].state == 0
-    return _Found.from_buffer_copy(found[choice]) if there else None
+    there = status == 0 and count.value > wish.place and found[wish.place].state == 0
+    return _Found.from_buffer_copy(found[wish.place]) if there else None
 
 
-def _description(kind: _Kind) -> c_void_p:
+def _description(work: _Work) -> c_void_p:
     description = c_void_p()
     _check(_library().cublasLtMatmulDescCreate(byref(description), _COMPUTE_FP32, _FP32))
     _set(description, _TRANSPOSE_A, c_int32(_TRANSPOSED))
-    if kind.matrices == _E4M3:
+    if work.matrices == _E4M3:
         _set(description, _FAST_ACCUM, c_int8(1))
         for attribute in (_A_MODE, _B_MODE):
             _set(description, attribute, c_int32(_SCALE_PER_ROW))
         for attribute in (_A_SCALE, _B_SCALE):
             _set(description, attribute, c_void_p(_ALIGNED_ADDRESS))
-    if kind.epilogue != _EPILOGUE_NONE:
-        _set(description, _EPILOGUE, c_int32(kind.epilogue))
+    if work.epilogue != _EPILOGUE_NONE:
+        _set(description, _EPILOGUE, c_int32(work.epilogue))
         _set(description, _BIAS_TYPE, c_int32(_BF16))
         _set(description, _BIAS, c_void_p(_ALIGNED_ADDRESS))
     return description
