@@ -90,6 +90,12 @@ def step_products(arch: FluxArchitecture, call: Call) -> list[Product]:
             make("linear2, mlp", columns=hidden, width=mlp, onto=True)]  # fmt: skip
 
 
+def large(arch: FluxArchitecture, precision: str) -> Product:
+    """What the GPU does best, as a measure for the others: a large cube, which is no part of a step."""
+    side = 8 * arch.hidden // 3
+    return Product("a large cube", side, side, side, times=0, fp8=precision == "fp8")
+
+
 # -- ways to compute one -----------------------------------------------------------------------------------------------
 
 
@@ -243,7 +249,10 @@ def measured(args: argparse.Namespace, device: torch.device) -> Iterator[Line]:
     arch, (img, txt) = (TINY, (64, 16)) if args.tiny else (FULL, ((args.px // 16) ** 2, args.text_tokens))
     for batch in args.batch:
         lines = []
-        for product in step_products(arch, Call(batch, img, txt, args.precision == "fp8")):
+        for product in (
+            large(arch, args.precision),
+            *step_products(arch, Call(batch, img, txt, args.precision == "fp8")),
+        ):
             line = {"precision": args.precision, "batch": batch, **measure(product, device, args)}
             lines.append(line)
             yield line
