@@ -56,6 +56,11 @@ class DiffusersBinding:
         self._addresses = [slot.of(self.tensors[slot.name]).data_ptr() for slot in self.slots]
         """Where each slot's parameter was last put: comparing numbers costs half a millisecond per call, slicing the
         bound tensors anew would cost five."""
+        self._shown: dict[str, Tensor] = {}
+        """By name, the base that its parameters show. They hold its memory as well."""
+        self._places: dict[str, list[tuple[int, Slot]]] = {}
+        for place in enumerate(self.slots):
+            self._places.setdefault(place[1].name, []).append(place)
 
     def same_blocks(self, model: nn.Module) -> bool:
         """Whether the model still has the blocks that were bound."""
@@ -74,6 +79,7 @@ class DiffusersBinding:
         """Copies re-assigned parameters into the bound tensors, or says why that cannot be; `point_at_bases` then
         points them there."""
         for slot in slots:
+            self._shown.pop(slot.name, None)
             parameter, home = slot.parameter(), slot.of(self.tensors[slot.name])
             if parameter is None or parameter.shape != home.shape or parameter.device != home.device:
                 return f"{slot.name} was replaced by something of another shape or device"
@@ -86,13 +92,20 @@ class DiffusersBinding:
     def point_at_bases(self, weights: BoundWeights) -> None:
         """Lets every parameter show its base weight: the kept copy of a LoRA-touched one, the bound tensor otherwise.
 
-        diffusers and PEFT then read and change what they expect, while the engines run on the merged weights.
+        diffusers and PEFT then read and change what they expect, while the engines run on the merged weights. Those
+        that show their base already are left alone, so that another LoRA on the same layers points nothing anew.
         """
-        for index, slot in enumerate(self.slots):
-            parameter, base = slot.parameter(), slot.of(weights.base(slot.name))
-            self._addresses[index] = base.data_ptr()
-            if parameter is not None and parameter.data_ptr() != base.data_ptr():
-                parameter.data = base
+        for name, places in self._places.items():
+            if self._shown.get(name) is not (base := weights.base(name)):
+                self._point(places, base)
+                self._shown[name] = base
+
+    def _point(self, places: list[tuple[int, Slot]], base: Tensor) -> None:
+        for index, slot in places:
+            parameter, part = slot.parameter(), slot.of(base)
+            self._addresses[index] = part.data_ptr()
+            if parameter is not None and parameter.data_ptr() != part.data_ptr():
+                parameter.data = part
 
     def _bind(self) -> dict[str, Tensor]:
         by_name: dict[str, list[Slot]] = {}

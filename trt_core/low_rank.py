@@ -48,7 +48,7 @@ def low_rank_sections(
     """
     if (found := low_rank_spans(shape, patches)) is None:
         return None
-    spans = [span._replace(term=_on(device, span.term)) for span in found]
+    spans = [Span(start, stop, _on(device, term)) for start, stop, term in found]
     edges = sorted({0, shape[0], *(edge for span in spans for edge in span[:2])})
     return [Section(start, stop, _terms(spans, start, stop)) for start, stop in itertools.pairwise(edges)]
 
@@ -77,8 +77,10 @@ def low_rank_spans(shape: Sequence[int], patches: Sequence[tuple[Patch, float]])
 
 
 def _on(device: torch.device, term: Term) -> Term:
-    up, down = (factor.to(device, non_blocking=True).contiguous() for factor in (term.up, term.down))
-    return Term(up, down, term.factor)
+    up, down, factor = term
+    if up.device == device == down.device and up.is_contiguous() and down.is_contiguous():
+        return term  # the usual case, in a third of the time
+    return Term(*(side.to(device, non_blocking=True).contiguous() for side in (up, down)), factor)
 
 
 def _fits(change: LowRank, rows: int, width: int) -> bool:
@@ -86,7 +88,7 @@ def _fits(change: LowRank, rows: int, width: int) -> bool:
     up, down = change.up, change.down
     known = up.dtype in DTYPES and down.dtype in DTYPES and type(up) in _PLAIN and type(down) in _PLAIN
     rank = down.shape[0]
-    return known and rank > 0 and tuple(up.shape) == (rows, rank) and tuple(down.shape) == (rank, width)
+    return known and rank > 0 and up.shape == (rows, rank) and down.shape == (rank, width)
 
 
 def _terms(spans: Sequence[Span], start: int, stop: int) -> tuple[Term, ...]:

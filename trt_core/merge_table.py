@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import NamedTuple
 
 import torch
@@ -46,8 +47,7 @@ class Merge(NamedTuple):
     terms: tuple[Term, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
+class Kind(NamedTuple):
     """What a kernel is compiled for; merges of one kind share a launch. Coarse, so that few ranks need another."""
 
     base: torch.dtype
@@ -64,8 +64,7 @@ class Kind:
     with_mean: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(NamedTuple):
     """One merge for a launch: its kind, its row of the table but for the first program, rows and width."""
 
     kind: Kind
@@ -100,8 +99,10 @@ def planned(merge: Merge) -> Planned:
 
 def alike(terms: Sequence[Term]) -> tuple[Term, ...]:
     """The same terms with one dtype for all ups and one for all downs: fp32, which has every number of the others."""
+    if len(terms) <= 1:
+        return tuple(terms)
     ups, downs = ({getattr(term, side).dtype for term in terms} for side in ("up", "down"))
-    if len(ups) <= 1 and len(downs) <= 1:
+    if len(ups) == len(downs) == 1:
         return tuple(terms)
     return tuple(Term(term.up.float(), term.down.float(), term.factor) for term in terms)
 
@@ -131,4 +132,5 @@ def _place(matrix: Tensor, row: int) -> tuple[int, int]:
 
 
 def _are_multiples(numbers: Sequence[int], of: int) -> bool:
-    return not any(number % of for number in numbers)
+    """Of a power of two."""
+    return not reduce(or_, numbers, 0) & (of - 1)

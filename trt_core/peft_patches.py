@@ -56,7 +56,7 @@ class PeftReader:
         result, found, marked = PeftPatches(), {}, {}
         for index, slot in enumerate(self._slots):
             layer = slot.module()
-            if "base_layer" not in layer._modules or not _is_adapted(type(layer)):
+            if not _may_change(slot, layer):
                 self._readings[index] = None  # which would keep the tensors of adapters that are gone
                 continue
             if id(layer) not in marked:  # its weight and its bias are two places
@@ -101,6 +101,13 @@ def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
     return len(one) == len(other) and all(
         a is b or (type(a) is int and a == b) for a, b in zip(one, other, strict=True)
     )
+
+
+def _may_change(slot: Slot, layer: nn.Module) -> bool:
+    """Whether adapters may do something in this place. Whether a layer can be merged, its weight's place says."""
+    if "base_layer" not in layer._modules or not _is_adapted(type(layer)):
+        return False
+    return slot.kind != "bias" or any((layer.__dict__.get("lora_bias") or {}).values())
 
 
 @functools.cache
@@ -148,11 +155,10 @@ def _lora_change(layer: nn.Module, adapter: str) -> Change | None:
     down, up = (_found(layer, name, adapter) for name in ("lora_A", "lora_B"))
     if down is None or up is None:
         return None
-    low_rank = LowRank(down.weight.detach(), up.weight.detach(), float(layer.scaling[adapter]))
-    magnitudes = getattr(layer, "lora_magnitude_vector", {})
-    if adapter in magnitudes:
-        return Dora(low_rank, magnitudes[adapter].weight.detach(), DoraRule.PEFT)
-    return low_rank
+    factors = (down._parameters["weight"].detach(), up._parameters["weight"].detach())
+    low_rank = LowRank(*factors, float(layer.scaling[adapter]))
+    magnitude = _found(layer, "lora_magnitude_vector", adapter)
+    return low_rank if magnitude is None else Dora(low_rank, magnitude.weight.detach(), DoraRule.PEFT)
 
 
 def _loha_change(layer: nn.Module, adapter: str) -> Change | None:
@@ -200,8 +206,9 @@ def _marks(layer: nn.Module, active: Sequence[str]) -> Hashable:
         marks += (adapter, scales.get(adapter))
         for name in layer.adapter_layer_names:
             found = _found(layer, name, adapter)
-            for tensor in () if found is None else _tensors(found):
-                marks += (tensor.data_ptr(), tensor._version)
+            if found is not None:
+                for tensor in _tensors(found):
+                    marks += (tensor.data_ptr(), tensor._version)
     return tuple(marks)
 
 
@@ -221,7 +228,7 @@ def _tensors(found: Tensor | nn.Module) -> Iterable[Tensor]:
         return (found,)
     if found._modules:
         return found.parameters()
-    return (parameter for parameter in found._parameters.values() if parameter is not None)
+    return [parameter for parameter in found._parameters.values() if parameter is not None]
 
 
 def _variant_name(variant: object) -> str:

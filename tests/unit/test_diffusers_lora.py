@@ -201,6 +201,23 @@ def test_a_reassigned_parameter_is_noticed(pair: Pair, adapter: Any) -> None:
         assert pair.error() <= LORA_BOUND
 
 
+@pytest.mark.parametrize("adapter", [lora("to_k"), lora("to_q"), lora("proj_out")], ids=["on it", "beside", "far"])
+def test_what_was_reassigned_shares_its_bases_memory_again(pair: Pair, adapter: Any) -> None:
+    """No second copy stays, and what another LoRA points nothing anew for was pointed at the right place before."""
+    pair.add("a", adapter)
+    pair.outputs()
+    layer = _layer(pair.ours)
+    layer.weight = torch.nn.Parameter(layer.weight.detach() * 1.5)
+    pair.outputs()
+    weights = pair.ours._trt_state.module.weights
+    for change in (lambda: None, pair.ours.disable_lora, pair.ours.enable_lora):
+        change()
+        pair.outputs()
+        base = weights.base("double_blocks.1.img_attn.qkv.weight")
+        assert layer.weight.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
+        assert torch.equal(layer.weight, base.chunk(3)[1])
+
+
 def test_replaced_data_and_loaded_state_are_noticed(pair: Pair) -> None:
     pair.outputs()
     other = tiny_transformer(seed=3)
