@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -182,8 +183,9 @@ def test_without_pytorchs_caches(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
-def test_a_module_finds_its_blocks(tmp_path: Path) -> None:
+def test_a_module_finds_its_blocks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The error that was measured when they were stored is still the bound's to judge."""
+    caplog.set_level(logging.INFO, logger="trt_core.build")
     model = tiny_transformer(**SMALL, adversarial=True)
     weights, arguments = bfl_weights(model), call_inputs(model)
     first = loaded(weights, tmp_path, Backend.INDUCTOR)
@@ -194,6 +196,10 @@ def test_a_module_finds_its_blocks(tmp_path: Path) -> None:
     ratios = [{m.what: m.error_ratio for m in module.report().measurements} for module in (first, again)]
     assert ratios[0] == ratios[1]
     assert again.report().plan_bytes == first.report().plan_bytes > 0
+    said = [text for text in caplog.messages if text.startswith("Inductor's double_block")]
+    assert ["compiled" in text for text in said] == [True, False]
+    assert "double_block read from the cache: " in said[1]
+    assert re.fullmatch(r".*: \d+\.\d\d s, \d+\.\d MB, \d\.\d\d times eager PyTorch's error", said[1])
     kinds = [entry.manifest.kind for entry in EngineCache(tmp_path).entries()]
     assert kinds.count(CODE_KIND) == 2
     with pytest.raises(BuildFailed, match=r"inductor's double_block has .* times eager PyTorch's error"):

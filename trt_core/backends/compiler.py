@@ -108,12 +108,16 @@ class SegmentCompiler:
 
     def _checked(self, compiled: InductorSegment, request: Request) -> float:
         """The segment's error ratio. Code from the cache was checked before it was stored: same bytes, same numbers."""
+        watch, name, how = Stopwatch(), request.segment.name.value, "read from the cache"
         ratio = compiled.read()
         if ratio is not None:
-            return bounded(ratio, compiled, request, self.error_ratio_bound)
-        stage = f"Inductor compiles {request.segment.name.value}"
-        ratio = run_cancellable(lambda: check(compiled, request, self.error_ratio_bound), self.progress, stage)
-        compiled.keep(ratio)
+            bounded(ratio, compiled, request, self.error_ratio_bound)
+        else:
+            how, stage = "compiled", f"Inductor compiles {name}"
+            ratio = run_cancellable(lambda: check(compiled, request, self.error_ratio_bound), self.progress, stage)
+            compiled.keep(ratio)
+        about = (name, how, watch.seconds(), compiled.plan_bytes / 1e6, ratio)
+        _LOG.info("Inductor's %s %s: %.2f s, %.1f MB, %.2f times eager PyTorch's error", *about)
         return ratio
 
     def products_milliseconds(self, name: SegmentName) -> float:
