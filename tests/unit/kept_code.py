@@ -38,11 +38,11 @@ def inputs(batch: int = 1) -> list[Tensor]:
     return segment(NAME, ARCH, attend).random_inputs(batch, 24, 7, torch.float32, CPU)
 
 
-def with_code_in(folder: Path) -> InductorSegment:
+def with_code_in(folder: Path, bound: float = 1.5) -> InductorSegment:
     """The segment, as a process makes it that finds `folder`."""
     described = segment(NAME, ARCH, attend)
     asked = Request(described, torch.float32, CPU, Profile.around(1, 24, 7), described.function)
-    return InductorSegment(asked, KeptCode(EngineCache(folder), KEY, NAME.value))
+    return InductorSegment(asked, KeptCode(EngineCache(folder), KEY, NAME.value, bound))
 
 
 if __name__ == "__main__":

@@ -102,6 +102,17 @@ def test_what_was_not_checked_is_not_kept(tmp_path: Path) -> None:
     assert files(tmp_path) == ["code_000.bin"]
 
 
+def test_what_is_added_later_is_checked_as_well(tmp_path: Path) -> None:
+    """No error is as small as this bound, so that good code stands for bad."""
+    made = with_code_in(tmp_path, bound=1e-9)
+    made(*inputs())
+    made.keep(RATIO)
+    for _ in range(2):
+        with pytest.raises(BuildFailed, match=r"single_block for batch 2 has .* times eager PyTorch's error.*eager"):
+            made(*inputs(2))
+    assert files(tmp_path) == ["code_000.bin"]
+
+
 @pytest.mark.parametrize(
     ("data", "signed_for", "why"),
     [

@@ -102,7 +102,8 @@ class SegmentCompiler:
             return EagerSegment(self.request(name, attention))
         watch = Stopwatch()
         request = self.request(name, attention)
-        compiled = InductorSegment(request, KeptCode(self.cache, self._code_key(request, attention), name.value))
+        key = self._code_key(request, attention)
+        compiled = InductorSegment(request, KeptCode(self.cache, key, name.value, self.error_ratio_bound))
         self._note(name, backend, self._checked(compiled, request), watch.seconds())
         return compiled
 

@@ -10,16 +10,18 @@ import shutil
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import Backend
+from ..config import Backend, ShapeRange
 from ..errors import BuildFailed, first_line
 from ..flux.catalogue import Axis, Segment
 from ..flux.fused import load_kernels
 from .base import Request
+from .check import error_ratio
 from .inductor_code import Code, CompiledAtCalls, KeptCode, NotAheadError, compile_ahead, mark_dynamic, why_not_ahead
 
 _LOG = logging.getLogger("trt_core.build")
@@ -51,7 +53,8 @@ class InductorSegment:
 
     def __init__(self, request: Request, kept: KeptCode | None = None) -> None:
         """`kept`: where this segment's code is kept; None compiles it anew in every process."""
-        self._segment, self._kept = request.segment, kept
+        # Without its weights: a segment outlives what was bound when it was made.
+        self._request, self._segment, self._kept = replace(request, weights=()), request.segment, kept
         self._dynamic = _dynamic_axes(request.segment)
         load_kernels()
         # Now and not at the first call, which is in a thread that a cancel stops: half an import cannot be repeated.
@@ -77,7 +80,7 @@ class InductorSegment:
         return self._kept.error_ratio if self._kept and self._checked else None
 
     def keep(self, error_ratio: float) -> None:
-        """Stores what is compiled, now that it was checked; what other inputs will need is stored beside it."""
+        """Stores what is compiled, now that it was checked; what other inputs will need is checked and stored then."""
         if self._kept and self._why_not_ahead is None:
             self._kept.store(self._codes, error_ratio)
             self._checked = True
@@ -100,8 +103,23 @@ class InductorSegment:
         code = self._new_code(tensors)
         self._codes.append(code)
         if self._kept and self._checked and self._why_not_ahead is None:
+            self._check_like(tensors, self._kept.error_ratio_bound)
             self._kept.add(code)
         return code
+
+    def _check_like(self, tensors: tuple[Tensor, ...], bound: float) -> None:
+        """Raises `BuildFailed` where the newest code, made for these inputs, is off by more than `bound`: it goes."""
+        batch, weights = tensors[0].shape[0], tensors[len(self._segment.activations) :]
+        profile = replace(self._request.profile, batch=ShapeRange(batch, batch, batch))
+        ratio = error_ratio(self, replace(self._request, profile=profile, weights=weights))
+        if not ratio <= bound:
+            del self._codes[-1]
+            raise BuildFailed(
+                f"Inductor's {self._segment.name.value} for batch {batch} has {ratio:.1f} times eager PyTorch's error.",
+                expected=f"At most {bound} times.",
+                fix='Use backend="eager" or "tensorrt".',
+                widget="backend",
+            )
 
     def _new_code(self, tensors: tuple[Tensor, ...]) -> Code:
         if self._why_not_ahead is None:

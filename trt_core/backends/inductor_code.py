@@ -114,6 +114,8 @@ class KeptCode:
     cache: EngineCache
     key: EngineKey
     segment: str
+    error_ratio_bound: float
+    """For codes that are added later."""
     error_ratio: float | None = None
     """Of the stored code, as it was checked when it was stored; None: nothing is stored."""
     size_bytes: int = 0
