@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import itertools
 import logging
+import math
 import shutil
 import types
 from collections.abc import Callable, Iterator
@@ -103,17 +104,22 @@ class InductorSegment:
         code = self._new_code(tensors)
         self._codes.append(code)
         if self._kept and self._checked and self._why_not_ahead is None:
-            self._check_like(tensors, self._kept.error_ratio_bound)
+            self._check_like(tensors, code, self._kept.error_ratio_bound)
             self._kept.add(code)
         return code
 
-    def _check_like(self, tensors: tuple[Tensor, ...], bound: float) -> None:
-        """Raises `BuildFailed` where the newest code, made for these inputs, is off by more than `bound`: it goes."""
+    def _check_like(self, tensors: tuple[Tensor, ...], code: Code, bound: float) -> None:
+        """Raises `BuildFailed` where `code`, made for these inputs, is off by more than `bound`. It goes then, as it
+        does when the check is cancelled."""
         batch, weights = tensors[0].shape[0], tensors[len(self._segment.activations) :]
         profile = replace(self._request.profile, batch=ShapeRange(batch, batch, batch))
-        ratio = error_ratio(self, replace(self._request, profile=profile, weights=weights))
+        ratio = math.inf
+        try:
+            ratio = error_ratio(self, replace(self._request, profile=profile, weights=weights))
+        finally:
+            if not ratio <= bound:
+                self._codes = [other for other in self._codes if other is not code]
         if not ratio <= bound:
-            del self._codes[-1]
             raise BuildFailed(
                 f"Inductor's {self._segment.name.value} for batch {batch} has {ratio:.1f} times eager PyTorch's error.",
                 expected=f"At most {bound} times.",
