@@ -87,7 +87,11 @@ def export_bundle(cache: EngineCache, path: Path | str, digests: Collection[str]
 
 def _chosen(cache: EngineCache, digests: Collection[str] | None) -> list[Entry]:
     here = environment()
-    portable = [entry for entry in cache.entries() if entry.manifest.kind != CODE_KIND]
+    entries = cache.entries()
+    portable = [entry for entry in entries if entry.manifest.kind != CODE_KIND]
+    if entries and not portable:
+        what = f"The engine cache {cache.folder} holds Inductor's code alone, which stays on the machine that made it."
+        raise CacheError(what, fix='Make a picture with backend="auto" or "tensorrt": its plan and engines can travel.')
     usable = {entry.digest: entry for entry in portable if entry.manifest.environment == here}
     missing = sorted(set(digests or ()) - set(usable))
     if missing or not usable:

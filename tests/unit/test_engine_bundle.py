@@ -89,6 +89,10 @@ def test_code_stays_where_it_was_made(
     assert export_bundle(source, tmp_path / "bundle").entries == len(KEYS)
     with pytest.raises(CacheError, match=f"has no engine {code.digest}"):
         export_bundle(source, tmp_path / "code", [code.digest])
+    target.put(code, {"code_000.bin": b"pickle"}, {})
+    with pytest.raises(CacheError, match=r"holds Inductor's code alone.*can travel"):
+        export_bundle(target, tmp_path / "alone")
+    target.clear()
     with monkeypatch.context() as patched:
         patched.setattr(engine_bundle, "CODE_KIND", "none")
         export_bundle(source, tmp_path / "code", [code.digest])
