@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trt_core.flux import cublaslt, fp8
+from trt_core.flux import cublaslt, fp8, fused
 from trt_core.flux.architecture import FluxArchitecture
+from trt_core.measure import median_milliseconds
 
 from .fp8_lines import append, device_of
 from .kernels import Call
@@ -115,12 +116,8 @@ class Inputs:
         if self.product.fp8:
             torch._scaled_mm(self.x, self.weight.t(), scale_a=self.x_scale, scale_b=self.weight_scale.t(),
                              bias=self.bias, out_dtype=self.out.dtype, use_fast_accum=True, out=self.out)  # fmt: skip
-        elif self.bias is None:
-            self.out.addmm_(self.x, self.weight.t())
-        elif self.product.gelu:
-            torch._addmm_activation(self.bias, self.x, self.weight.t(), use_gelu=True, out=self.out)
         else:
-            torch.addmm(self.bias, self.x, self.weight.t(), out=self.out)
+            fused.product_by_pytorch(self.x, self.weight, self.bias, self.out, self.product.gelu)
 
     def by_cublaslt(self, proposal: cublaslt.Proposal = cublaslt.FIRST, rows: slice = slice(None)) -> bool:
         x, out = self.x[rows], self.out[rows]
@@ -183,7 +180,7 @@ def _repeated(call: Callable[[], object], device: torch.device, turn_ms: float) 
     """Runs `call` for about `turn_ms` and returns milliseconds of one, on a GPU from a CUDA graph: no gaps."""
     call()
     if device.type != "cuda":
-        return partial(_clocked, call, 1)
+        return partial(median_milliseconds, call, device, 1, 0)
     once = _on_gpu(call, 3) / 3
     count = max(1, round(turn_ms / once))
     graph = torch.cuda.CUDAGraph()
@@ -203,17 +200,11 @@ def _on_gpu(call: Callable[[], object], times: int) -> float:
     return before.elapsed_time(after)
 
 
-def _clocked(call: Callable[[], object], times: int) -> float:
-    started = time.perf_counter()
-    for _ in range(times):
-        call()
-    return (time.perf_counter() - started) * 1e3 / times
-
-
-def kernel_of(call: Callable[[], object]) -> list[str]:
-    """Names of the GPU's kernels in one call, which say tiles and clusters."""
+def kernel_names(call: Callable[..., object], *arguments: Tensor) -> list[str]:
+    """Of what ran on the GPU in a second call; the profile names calls on the CPU, too."""
+    call(*arguments)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
+        call(*arguments)
         torch.cuda.synchronize()
     return [event.key for event in profile.key_averages() if event.self_device_time_total > 0]
 
@@ -224,7 +215,7 @@ def kernel_of(call: Callable[[], object]) -> list[str]:
 def measure(product: Product, device: torch.device, args: argparse.Namespace) -> Line:
     calls = ways(Inputs(product, device), args.proposals)
     found = in_turns(calls, device, args.turns, args.turn_ms)
-    names = {name: kernel_of(call) for name, call in calls.items()} if device.type == "cuda" else {}
+    names = {name: kernel_names(call) for name, call in calls.items()} if device.type == "cuda" else {}
     return {**asdict(product), "ms": found, "kernels": names}
 
 
@@ -247,12 +238,10 @@ def step_sums(lines: Sequence[Line]) -> dict[str, float]:
 
 def measured(args: argparse.Namespace, device: torch.device) -> Iterator[Line]:
     arch, (img, txt) = (TINY, (64, 16)) if args.tiny else (FULL, ((args.px // 16) ** 2, args.text_tokens))
+    yield {"precision": args.precision, **measure(large(arch, args.precision), device, args)}
     for batch in args.batch:
         lines = []
-        for product in (
-            large(arch, args.precision),
-            *step_products(arch, Call(batch, img, txt, args.precision == "fp8")),
-        ):
+        for product in step_products(arch, Call(batch, img, txt, args.precision == "fp8")):
             line = {"precision": args.precision, "batch": batch, **measure(product, device, args)}
             lines.append(line)
             yield line

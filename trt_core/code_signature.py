@@ -20,17 +20,12 @@ from pathlib import Path
 
 from .atomic_files import file_lock, read_regular, write_atomic
 from .errors import CacheError
+from .user_folders import settings_folder
 
 _KEY_FILE = "code.key"
 _KEY_BYTES = 32
 _MARK_BYTES = hashlib.sha256().digest_size
 _WAIT_SECONDS = 10.0
-
-
-def key_folder() -> Path:
-    """Where this system keeps a user's settings: %APPDATA%, XDG_CONFIG_HOME or ~/.config, then "trt_core"."""
-    base = Path(os.environ.get("APPDATA" if sys.platform == "win32" else "XDG_CONFIG_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".config") / "trt_core"
 
 
 def signed(data: bytes, purpose: str) -> bytes:
@@ -57,7 +52,7 @@ def _mark(data: bytes, purpose: str) -> bytes:
 
 def _key() -> bytes:
     try:
-        path = key_folder() / _KEY_FILE
+        path = settings_folder() / _KEY_FILE
         return _read(path) if path.exists() else _made(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         raise CacheError(f"This user's key for compiled code cannot be used: {error}.") from error

@@ -6,7 +6,7 @@ at the next call and brought home.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -108,11 +108,8 @@ class DiffusersBinding:
                 parameter.data = part
 
     def _bind(self) -> dict[str, Tensor]:
-        by_name: dict[str, list[Slot]] = {}
-        for slot in self.slots:
-            by_name.setdefault(slot.name, []).append(slot)
         tensors, freed_bytes = {}, 0
-        for name, slots in by_name.items():
+        for name, slots in slots_by_name(self.slots).items():
             tensors[name], copied_bytes = _home(slots)
             freed_bytes += copied_bytes
             if freed_bytes > _FREE_EVERY_BYTES and torch.cuda.is_initialized():
@@ -121,6 +118,14 @@ class DiffusersBinding:
                 torch.cuda.empty_cache()
                 freed_bytes = 0
         return tensors
+
+
+def slots_by_name(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
+    """The places of each fused weight's parts."""
+    found: dict[str, list[Slot]] = {}
+    for slot in slots:
+        found.setdefault(slot.name, []).append(slot)
+    return found
 
 
 class ChangedModulations:

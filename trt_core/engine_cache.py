@@ -10,7 +10,6 @@ import errno
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -31,6 +30,7 @@ from .engine_manifest import MANIFEST, EngineKey, Manifest, UnusableError, check
 from .engine_prune import SECONDS_PER_DAY, PruneReport, choose_victims, sweep
 from .errors import BuildCancelled, CacheError
 from .gpu import environment, environments, gpu_slug
+from .user_folders import cache_folder
 
 __all__ = ["EngineCache", "EngineKey", "Entry", "PruneReport", "default_folder"]
 
@@ -49,10 +49,8 @@ def default_folder() -> Path:
     """The user's cache folder: TRT_CORE_CACHE if set, else "trt_core" where the system keeps caches."""
     if chosen := os.environ.get(FOLDER_VARIABLE):
         return Path(chosen).expanduser()
-    variable = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
-    base = Path(os.environ.get(variable, ""))
-    try:  # the XDG specification says to ignore a relative path
-        return (base if base.is_absolute() else Path.home() / ".cache") / "trt_core"
+    try:
+        return cache_folder()
     except RuntimeError as error:
         fix = f"Set {FOLDER_VARIABLE} to a folder."
         raise CacheError("This user has no home folder for a cache.", fix=fix) from error

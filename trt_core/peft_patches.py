@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .diffusers_binding import Slot
+from .diffusers_binding import Slot, slots_by_name
 from .lora.changes import Change, Difference, Dora, DoraRule, Hadamard, Kronecker, LowRank, Patch
 from .weights import WeightPatches
 
@@ -43,9 +43,7 @@ class PeftReader:
 
     def __init__(self, slots: Iterable[Slot]) -> None:
         self._slots = list(slots)
-        self._by_name: dict[str, list[Slot]] = {}
-        for slot in self._slots:
-            self._by_name.setdefault(slot.name, []).append(slot)
+        self._by_name = slots_by_name(self._slots)
         self._readings: list[_Reading | None] = [None] * len(self._slots)
         self._weights: dict[str, tuple[list[Any], WeightPatches]] = {}
         """By name, of which readings and of which version of the base its patches were made."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels import Kind, kind_of
+from benchmarks.products import kernel_names
 from trt_core.backends.base import Request
 from trt_core.backends.check import error_ratio, relative_l2
 from trt_core.backends.inductor import InductorSegment
@@ -31,15 +30,6 @@ ARCH = FluxArchitecture(
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def kernel_names(function: Callable[..., object], *arguments: Tensor) -> list[str]:
-    """What ran on the GPU; the profile names calls on the CPU, too."""
-    function(*arguments)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function(*arguments)
-        torch.cuda.synchronize()
-    return [event.key for event in profile.key_averages() if event.self_device_time_total > 0]
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.products import kernel_names
 from trt_core.backends.check import relative_l2
 from trt_core.flux import cublaslt, fused
 
@@ -30,14 +31,6 @@ def _only_where_it_is_used() -> None:
         pytest.skip(reason)
 
 
-def launches(function: Callable[[], object]) -> list[str]:
-    function()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
-        torch.cuda.synchronize()
-    return [event.key.lower() for event in profile.key_averages() if event.self_device_time_total > 0]
-
-
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(
     ("rows", "columns", "width"), [(4608, 3072, 3072), (512, 9216, 3072), (1, 64, 64), (77, 40, 136), (20000, 48, 160)]
@@ -51,7 +44,7 @@ def test_as_close_as_pytorchs(rows: int, columns: int, width: int, gelu: bool) -
     seen = compiled(x, weight, bias)
     assert (seen.dtype, seen.shape, seen.is_contiguous()) == (BF16, own.shape, True)
     assert relative_l2(seen, exact) < AS_CLOSE * relative_l2(own, exact)
-    names = launches(lambda: compiled(x, weight, bias))
+    names = kernel_names(compiled, x, weight, bias)
     assert len(names) == 1, names
 
 
@@ -75,8 +68,8 @@ def test_both_parts_of_a_joined_product(monkeypatch: pytest.MonkeyPatch) -> None
     weight, bias = normal(512, 2560, seed=2, size=2560**-0.5), normal(512, seed=3)
     exact = F.linear(torch.cat((attn, mlp), -1).float(), weight.float(), bias.float())
     seen = fused.joined_product(attn, mlp, weight, bias)
-    names = launches(lambda: fused.joined_product(attn, mlp, weight, bias))
-    assert not [name for name in names if "memset" in name or "copy" in name]
+    names = kernel_names(fused.joined_product, attn, mlp, weight, bias)
+    assert not [name for name in names if re.search("memset|copy", name, re.IGNORECASE)]
     monkeypatch.setattr(cublaslt, "why_not", lambda index: "as if it were another GPU")
     assert relative_l2(seen, exact) < AS_CLOSE * relative_l2(fused.joined_product(attn, mlp, weight, bias), exact)
 

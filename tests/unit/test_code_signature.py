@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from trt_core.code_signature import checked, key_folder, signed
+from trt_core.code_signature import checked, signed
 from trt_core.errors import CacheError
+from trt_core.user_folders import settings_folder
 
 NOT_OURS = "not written by this user's own processes"
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps a user's settings from others by their place")
@@ -19,7 +20,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps a user
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for variable in ("XDG_CONFIG_HOME", "APPDATA"):
         monkeypatch.setenv(variable, str(tmp_path / "settings"))
-    return key_folder()
+    return settings_folder()
 
 
 def test_what_was_signed_comes_back_and_nothing_else() -> None:
@@ -92,4 +93,4 @@ def test_without_a_place_for_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_folder_of_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", "not/absolute")
     monkeypatch.setenv("HOME", "/somewhere")
-    assert key_folder() == Path("/somewhere/.config/trt_core")
+    assert settings_folder() == Path("/somewhere/.config/trt_core")

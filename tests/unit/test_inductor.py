@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo import pgo
-from torch._dynamo.utils import counters
 
 from tests.unit.bound_weights import low_rank, one
+from tests.unit.kept_code import graphs
 from tests.unit.tiny_flux import (
     FP32_BOUND,
     bfl_weights,
@@ -32,11 +32,6 @@ from trt_core.flux.precision import Precision
 
 CPU = torch.device("cpu")
 SMALL = {"double": 1, "single": 1, "head_dim": 16}
-
-
-def graphs() -> int:
-    """Graphs that Dynamo has handed to Inductor so far in this process."""
-    return counters["stats"]["unique_graphs"]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from ..flux.linear import unquantized_inputs
 from .base import CompiledSegment, Request
 
 _CHECK_IMG_TOKENS, _CHECK_TXT_TOKENS = 512, 64
+_ANOTHER = "It is not used; another backend takes its place."
 _FLOOR_EPS = {torch.float32: 8.0, torch.bfloat16: 0.125, torch.float16: 0.125}
 """Errors below this many eps are no error. Eager PyTorch in fp32 agrees with itself exactly, so there the floor is the
 bound; in half precision it lies far below eager's own error (0.2 to 0.7 eps) and only guards the division."""
@@ -57,17 +58,15 @@ class _UpcastWeights(TorchFunctionMode):
 
 def check(compiled: CompiledSegment, request: Request, bound: float) -> float:
     """The error ratio; raises `BuildFailed` where it is above `bound` or not a number."""
-    return bounded(error_ratio(compiled, request), compiled, request, bound)
+    what = f"{compiled.backend.value}'s {request.segment.name.value}"
+    return bounded(error_ratio(compiled, request), bound, what)
 
 
-def bounded(ratio: float, compiled: CompiledSegment, request: Request, bound: float) -> float:
-    """`ratio` where it is within `bound`; raises `BuildFailed` else."""
+def bounded(ratio: float, bound: float, what: str, fix: str = _ANOTHER, widget: str = "") -> float:
+    """The error ratio of `what` where it is within `bound`; raises `BuildFailed` else."""
     if not ratio <= bound:
-        raise BuildFailed(
-            f"{compiled.backend.value}'s {request.segment.name.value} has {ratio:.1f} times eager PyTorch's error.",
-            expected=f"At most {bound} times.",
-            fix="It is not used; another backend takes its place.",
-        )
+        error = f"{what} has {ratio:.1f} times eager PyTorch's error."
+        raise BuildFailed(error, expected=f"At most {bound} times.", fix=fix, widget=widget)
     return ratio
 
 

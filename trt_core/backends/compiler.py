@@ -104,22 +104,24 @@ class SegmentCompiler:
         request = self.request(name, attention)
         key = self._code_key(request, attention)
         compiled = InductorSegment(request, KeptCode(self.cache, key, name.value, self.error_ratio_bound))
-        self._note(name, backend, self._checked(compiled, request), watch.seconds())
+        read = compiled.read()
+        ratio = self._checked(compiled, request) if read is None else self._bounded(read, name)
+        self._note(name, backend, ratio, watch.seconds())
+        how = "compiled" if read is None else "read from the cache"
+        about = (name.value, how, watch.seconds(), compiled.plan_bytes / 1e6, ratio)
+        _LOG.info("Inductor's %s %s: %.2f s, %.1f MB, %.2f times eager PyTorch's error", *about)
         return compiled
 
     def _checked(self, compiled: InductorSegment, request: Request) -> float:
-        """The segment's error ratio. Code from the cache was checked before it was stored: same bytes, same numbers."""
-        watch, name, how = Stopwatch(), request.segment.name.value, "read from the cache"
-        ratio = compiled.read()
-        if ratio is not None:
-            bounded(ratio, compiled, request, self.error_ratio_bound)
-        else:
-            how, stage = "compiled", f"Inductor compiles {name}"
-            ratio = run_cancellable(lambda: check(compiled, request, self.error_ratio_bound), self.progress, stage)
-            compiled.keep(ratio)
-        about = (name, how, watch.seconds(), compiled.plan_bytes / 1e6, ratio)
-        _LOG.info("Inductor's %s %s: %.2f s, %.1f MB, %.2f times eager PyTorch's error", *about)
+        """The segment's error ratio, after which its code is kept."""
+        stage = f"Inductor compiles {request.segment.name.value}"
+        ratio = run_cancellable(lambda: check(compiled, request, self.error_ratio_bound), self.progress, stage)
+        compiled.keep(ratio)
         return ratio
+
+    def _bounded(self, ratio: float, name: SegmentName) -> float:
+        """The error ratio of code from the cache, as it was before it was stored: same bytes, same numbers."""
+        return bounded(ratio, self.error_ratio_bound, f"{Backend.INDUCTOR.value}'s {name.value}")
 
     def products_milliseconds(self, name: SegmentName) -> float:
         """What the segment's matrix products alone take at the profile's optimum; 0 where that is not known.

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import itertools
 import logging
-import math
 import shutil
 import types
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from ..errors import BuildFailed, first_line
 from ..flux.catalogue import Axis, Segment
 from ..flux.fused import load_kernels
 from .base import Request
-from .check import error_ratio
+from .check import bounded, error_ratio
 from .inductor_code import Code, CompiledAtCalls, KeptCode, NotAheadError, compile_ahead, mark_dynamic, why_not_ahead
 
 _LOG = logging.getLogger("trt_core.build")
@@ -31,6 +30,8 @@ _COMPILE_THREADS = 1
 """Kernels are compiled in this process. Inductor's own number is one process per core, each with PyTorch and Triton in
 memory: five held 0.78 GB beside FLUX.1-dev in FP8 (H100). A block has about ten kernels, each of 0.2 to 0.4 s and 55 MB
 in all (measured: compute capability 9.0, on one core of an EPYC)."""
+
+_OTHERS = 'Use backend="eager" or "tensorrt".'
 
 _COPIES = itertools.count()
 
@@ -113,19 +114,12 @@ class InductorSegment:
         does when the check is cancelled."""
         batch, weights = tensors[0].shape[0], tensors[len(self._segment.activations) :]
         profile = replace(self._request.profile, batch=ShapeRange(batch, batch, batch))
-        ratio = math.inf
         try:
             ratio = error_ratio(self, replace(self._request, profile=profile, weights=weights))
-        finally:
-            if not ratio <= bound:
-                self._codes = [other for other in self._codes if other is not code]
-        if not ratio <= bound:
-            raise BuildFailed(
-                f"Inductor's {self._segment.name.value} for batch {batch} has {ratio:.1f} times eager PyTorch's error.",
-                expected=f"At most {bound} times.",
-                fix='Use backend="eager" or "tensorrt".',
-                widget="backend",
-            )
+            bounded(ratio, bound, f"Inductor's {self._segment.name.value} for batch {batch}", _OTHERS, "backend")
+        except BaseException:
+            self._codes = [other for other in self._codes if other is not code]
+            raise
 
     def _new_code(self, tensors: tuple[Tensor, ...]) -> Code:
         if self._why_not_ahead is None:
@@ -145,7 +139,7 @@ class InductorSegment:
         except torch._dynamo.exc.TorchDynamoException as error:
             raise BuildFailed(
                 f"Inductor could not compile {self._segment.name.value}: {first_line(error)}",
-                fix='Use backend="eager" or "tensorrt".',
+                fix=_OTHERS,
                 widget="backend",
             ) from error
 

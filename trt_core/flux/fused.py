@@ -255,6 +255,11 @@ def _product(
     ours = ours and _fits_cublaslt(rows, weight)
     if ours and cublaslt.multiply_bf16(rows, weight, bias, out, gelu=gelu, onto=bias is None):
         return
+    product_by_pytorch(rows, weight, bias, out, gelu)
+
+
+def product_by_pytorch(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, gelu: bool = False) -> None:
+    """`_product` in eager PyTorch."""
     if bias is None:
         out.addmm_(rows, weight.t())
     elif gelu:
