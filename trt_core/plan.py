@@ -10,6 +10,8 @@ from typing import Any
 from .config import Attention, Backend, Layout, Profile, ShapeRange
 from .errors import BuildFailed
 from .flux.catalogue import SPLIT_SEGMENTS, BlockKind, SegmentName
+from .flux.cublaslt_kernels import Kernel
+from .flux.products import Product
 
 WHOLE_SEGMENT: Mapping[BlockKind, SegmentName] = {
     BlockKind.DOUBLE: SegmentName.DOUBLE_BLOCK,
@@ -79,13 +81,23 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelChoice:
+    """A product of matrices that takes another of cuBLASLt's kernels than cuBLASLt would."""
+
+    product: Product
+    kernel: Kernel
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """The choice for both kinds of block, the profile it holds for, and what it was chosen from."""
+    """The choice for both kinds of block, the profile it holds for, the kernels of products, and what all of it was
+    chosen from."""
 
     double: BlockChoice
     single: BlockChoice
     profile: Profile
     measurements: tuple[Measurement, ...] = ()
+    kernels: tuple[KernelChoice, ...] = ()
 
     def choice(self, kind: BlockKind) -> BlockChoice:
         return self.double if kind is BlockKind.DOUBLE else self.single
@@ -114,6 +126,7 @@ class Plan:
             single=_choice(fields["single"]),
             profile=Profile(**{axis: ShapeRange(**bounds) for axis, bounds in dict(fields["profile"]).items()}),
             measurements=tuple(Measurement(**m) for m in fields["measurements"]),
+            kernels=tuple(KernelChoice(Product(**k["product"]), Kernel(**k["kernel"])) for k in fields["kernels"]),
         )
 
 

@@ -17,10 +17,13 @@ from .config import Attention, Backend, CompileConfig, Layout
 from .engine_builds import build_plans
 from .errors import BuildFailed, MissingDependency, OutOfMemory
 from .flux.catalogue import SPLIT_SEGMENTS, BlockKind, SegmentName
+from .flux.cublaslt_kernels import prefer
 from .heap import give_back_heap
+from .kernel_ranking import rank_kernels
 from .plan import (
     WHOLE_SEGMENT,
     BlockChoice,
+    KernelChoice,
     Plan,
     choose,
     summary,
@@ -49,6 +52,7 @@ class PlanSearch:
     config: CompileConfig
     layout: Layout | None = None
     """None: both are candidates. Attention masks need `SPLIT`."""
+    kernels: tuple[KernelChoice, ...] = field(default=(), init=False)
     trials: Trials = field(init=False)
     store: PlanStore = field(init=False)
 
@@ -91,6 +95,7 @@ class PlanSearch:
         watch = Stopwatch()
         self.compiler.profile = plan.profile
         self.compiler.wide = frozenset(kind for kind in BlockKind if plan.choice(kind).wide)
+        self._take_kernels(plan.kernels)
         for done, (name, backend, attention) in enumerate(plan.needed()):
             self.trials.progress("Loading the plan", done, len(plan.needed()))
             compiled = self._loaded(name, backend, attention)
@@ -126,6 +131,7 @@ class PlanSearch:
             choices[BlockKind.SINGLE][0],
             self.compiler.profile,
             tuple(self.trials.measurements),
+            self.kernels,
         )
         _LOG.info("plan %s, found in %.1f s", self._summary(plan, choices), watch.seconds())
         self.store.remember(plan)
@@ -194,7 +200,17 @@ class PlanSearch:
         self.trials.attention, ranked = rank_attention(self.compiler, self.config.attention)
         self.compiler.wide, products = rank_products(self.compiler)
         self.trials.measurements += [*ranked, *products]
+        if any(backend is Backend.INDUCTOR for _, backend in jobs):
+            kernels, measured = rank_kernels(self.compiler)
+            self.trials.measurements += measured
+            self._take_kernels(kernels)
         self.trials.compile(jobs)
+
+    def _take_kernels(self, kernels: tuple[KernelChoice, ...]) -> None:
+        """Before anything is compiled or measured: blocks are timed with the kernels that they will have."""
+        self.kernels = kernels
+        if kernels:
+            prefer(torch.device(self.compiler.device).index or 0, {choice.product: choice.kernel for choice in kernels})
 
     def _processes(self) -> int:
         return 1 if self.config.backend is Backend.AUTO else _BUILDER_PROCESSES

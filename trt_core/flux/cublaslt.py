@@ -15,7 +15,20 @@ import sys
 import threading
 import weakref
 from collections.abc import Sequence
-from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p, sizeof
+from ctypes import (
+    byref,
+    c_float,
+    c_int,
+    c_int8,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint16,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+    sizeof,
+)
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -23,6 +36,8 @@ import torch
 from torch import Tensor
 
 from ..errors import first_line
+from .cublaslt_kernels import CLUSTERS, TILES, Kernel, preferred
+from .products import Product
 
 _CAPABILITY = (9, 0)
 """Hopper: where this was measured. Ada's cuBLASLt has no scales per row."""
@@ -39,31 +54,29 @@ _TRANSPOSE_A, _EPILOGUE, _BIAS, _A_SCALE, _B_SCALE, _FAST_ACCUM, _BIAS_TYPE, _A_
 )  # fmt: skip
 _TRANSPOSED, _EPILOGUE_NONE, _EPILOGUE_BIAS, _EPILOGUE_GELU_BIAS, _SCALE_PER_ROW = 1, 1, 4, 36, 3
 _MAX_WORKSPACE_BYTES, _MIN_ALIGNMENTS = 1, (5, 6, 7, 8)
+_NVJET = 66
+"""The algorithm whose kernels are called nvjet, for Hopper."""
+_TILE, _CUSTOM_OPTION, _STAGES, _CLUSTER = 1, 5, 6, 8
+_STAGES_OF = {_BF16: 35, _E4M3: 36}
+"""As many as fit, of 64 or 128 numbers each."""
+_TMA_ALIGNMENT = 16
 _FULL_ALIGNMENT = 256
 """Bytes that cuBLASLt takes for granted of addresses if it is told nothing; PyTorch's own allocations have 512."""
 _ALIGNED_ADDRESS = 1 << 40
 """Stands for scales and bias while a kernel is chosen, which looks at addresses and reads nothing."""
 
 
+_Algorithm = c_uint64 * 8
+"""cublasLtMatmulAlgo_t."""
+
+
 class _Found(ctypes.Structure):
     """cublasLtMatmulHeuristicResult_t."""
 
     _fields_ = (
-        ("algorithm", c_uint64 * 8), ("workspace_bytes", c_size_t), ("state", c_int), ("waves", c_float),
+        ("algorithm", _Algorithm), ("workspace_bytes", c_size_t), ("state", c_int), ("waves", c_float),
         ("reserved", c_int * 4),
     )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """Which of the kernels that cuBLASLt proposes, from 0, the one it thinks the fastest; and memory that they may use,
-    which must stay until the product is done."""
-
-    place: int = 0
-    workspace: Tensor | None = None
-
-
-FIRST = Proposal()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +89,14 @@ class _Work:
 
 @dataclass(frozen=True, slots=True)
 class _Wish:
-    """What a kernel must take, and which of those that do is meant."""
+    """What a kernel must take, and which one is meant: None for cuBLASLt's choice."""
 
     alignment: int
-    place: int
-    workspace_bytes: int
+    kernel: Kernel | None
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
-class _Product:
+class _Prepared:
     """What one shape needs at each call."""
 
     handle: c_void_p
@@ -92,7 +104,7 @@ class _Product:
     weight: c_void_p
     rows: c_void_p
     out: c_void_p
-    found: _Found
+    algorithm: ctypes.Array[c_uint64]
 
 
 @cache
@@ -106,55 +118,68 @@ def why_not(device_index: int) -> str | None:
 def multiply(
     q: Tensor,
     q_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor, *,
-    proposal: Proposal = FIRST,
+    kernel: Kernel | None = None,
 ) -> bool:  # fmt: skip
     """Writes (q * q_scale) @ (weight * weight_scale).T + bias to `out`; False, and nothing written, where it cannot.
 
     q [M, K] and weight [N, K] are E4M3, q dense in its last axis; q_scale and weight_scale hold M and N fp32 numbers,
-    bias [N] and `out` [M, N] are bf16. Sums are Hopper's fast ones. Runs on PyTorch's current stream.
+    bias [N] and `out` [M, N] are bf16. Sums are Hopper's fast ones. `kernel`: this one alone. Runs on PyTorch's current
+    stream.
     """
-    work = _Work(_E4M3, _EPILOGUE_NONE if bias is None else _EPILOGUE_BIAS)
+    epilogue = _EPILOGUE_NONE if bias is None else _EPILOGUE_BIAS
     vectors = ((_A_SCALE, weight_scale), (_B_SCALE, q_scale), (_BIAS, bias))
-    return _multiply(work, proposal, q, weight, out, vectors, 0.0)
+    return _multiply(Product(q.shape[0], *weight.shape, fp8=True), epilogue, kernel, q, weight, out, vectors)
 
 
 def multiply_bf16(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, gelu: bool = False, onto: bool = False,
-    proposal: Proposal = FIRST,
+    kernel: Kernel | None = None,
 ) -> bool:  # fmt: skip
     """Writes x @ weight.T + bias to `out`, GELU (tanh form) of it where `gelu`; False, and nothing written, where it
     cannot. `onto` adds what `out` held.
 
     x [M, K], weight [N, K], bias [N] and `out` [M, N] are bf16, all matrices dense in their last axis. `gelu` needs a
-    bias. Sums are in fp32. Runs on PyTorch's current stream.
+    bias. Sums are in fp32. `kernel`: this one alone. Runs on PyTorch's current stream.
     """
     epilogue = _EPILOGUE_NONE if bias is None else _EPILOGUE_GELU_BIAS if gelu else _EPILOGUE_BIAS
-    return _multiply(_Work(_BF16, epilogue), proposal, x, weight, out, ((_BIAS, bias),), 1.0 if onto else 0.0)
+    product = Product(x.shape[0], *weight.shape, gelu=gelu, onto=onto)
+    return _multiply(product, epilogue, kernel, x, weight, out, ((_BIAS, bias),))
 
 
 def _multiply(
-    work: _Work, proposal: Proposal, x: Tensor, weight: Tensor, out: Tensor,
-    vectors: Sequence[tuple[int, Tensor | None]], beta: float,
+    product: Product, epilogue: int, kernel: Kernel | None, x: Tensor, weight: Tensor, out: Tensor,
+    vectors: Sequence[tuple[int, Tensor | None]],
 ) -> bool:  # fmt: skip
-    library, one, before, room = _library(), c_float(1.0), c_float(beta), proposal.workspace
-    room_bytes, room_address = (0, None) if room is None else (room.nbytes, room.data_ptr())
-    wish = _Wish(_alignment(x, weight, out), proposal.place, room_bytes)
-    strides = (x.stride(0), weight.stride(0), out.stride(0))
+    library, one, before = _library(), c_float(1.0), c_float(float(product.onto))
+    work, strides = _Work(_E4M3 if product.fp8 else _BF16, epilogue), (x.stride(0), weight.stride(0), out.stride(0))
     with torch.cuda.device(x.device), _LOCK:
         _enter_context(x.device)
-        product = _product_of(x.device.index, work, wish, x.shape[0], *weight.shape, *strides)
-        if product is None:
+        found = _chosen(x.device.index, work, product, strides, _alignment(x, weight, out), kernel)
+        if found is None:
             return False
         for attribute, tensor in vectors:
             if tensor is not None:
-                _set(product.description, attribute, c_void_p(tensor.data_ptr()))
+                _set(found.description, attribute, c_void_p(tensor.data_ptr()))
         _check(library.cublasLtMatmul(
-            product.handle, product.description, byref(one), c_void_p(weight.data_ptr()), product.weight,
-            c_void_p(x.data_ptr()), product.rows, byref(before), c_void_p(out.data_ptr()), product.out,
-            c_void_p(out.data_ptr()), product.out, byref(product.found.algorithm), c_void_p(room_address),
-            c_size_t(room_bytes), c_void_p(torch.cuda.current_stream().cuda_stream),
+            found.handle, found.description, byref(one), c_void_p(weight.data_ptr()), found.weight,
+            c_void_p(x.data_ptr()), found.rows, byref(before), c_void_p(out.data_ptr()), found.out,
+            c_void_p(out.data_ptr()), found.out, byref(found.algorithm), None, c_size_t(0),
+            c_void_p(torch.cuda.current_stream().cuda_stream),
         ))  # fmt: skip
     return True
+
+
+def _chosen(
+    device_index: int, work: _Work, product: Product, strides: tuple[int, int, int], alignment: int,
+    kernel: Kernel | None,
+) -> _Prepared | None:  # fmt: skip
+    """The product with `kernel`; without one, with the preferred one where it fits, else with cuBLASLt's choice."""
+    size = (product.rows, product.columns, product.width, *strides)
+    if kernel is not None:
+        return _prepared(device_index, work, _Wish(alignment, kernel), *size)
+    liked = preferred(device_index, product)
+    found = None if liked is None else _prepared(device_index, work, _Wish(alignment, liked), *size)
+    return found or _prepared(device_index, work, _Wish(alignment, None), *size)
 
 
 def _enter_context(device: torch.device) -> None:
@@ -166,22 +191,22 @@ def _enter_context(device: torch.device) -> None:
 
 
 @lru_cache(maxsize=_KEPT_SHAPES)
-def _product_of(
+def _prepared(
     device_index: int, work: _Work, wish: _Wish, rows: int, columns: int, width: int, stride: int, weight_stride: int,
     out_stride: int,
-) -> _Product | None:  # fmt: skip
+) -> _Prepared | None:  # fmt: skip
     """None where cuBLASLt has no such kernel, for the current GPU. In its order, columns first, the product is
     out^T = weight @ x^T."""
     handle = _handle(device_index)
     made = (_description(work), _layout(work.matrices, width, columns, weight_stride),
             _layout(work.matrices, width, rows, stride), _layout(_BF16, columns, rows, out_stride))  # fmt: skip
-    found = _found(handle, *made, wish)
-    if found is None:
+    algorithm = _proposed(handle, *made, wish.alignment) if wish.kernel is None else _named(handle, *made, work, wish)
+    if algorithm is None:
         _destroy(*made)
         return None
-    product = _Product(handle, *made, found)
-    weakref.finalize(product, _destroy, *made)
-    return product
+    prepared = _Prepared(handle, *made, algorithm)
+    weakref.finalize(prepared, _destroy, *made)
+    return prepared
 
 
 def _alignment(*matrices: Tensor) -> int:
@@ -192,24 +217,50 @@ def _alignment(*matrices: Tensor) -> int:
     return together & -together
 
 
-def _found(
-    handle: c_void_p, description: c_void_p, weight: c_void_p, rows: c_void_p, out: c_void_p, wish: _Wish
-) -> _Found | None:
-    library, preference, found, count = _library(), c_void_p(), (_Found * (wish.place + 1))(), c_int()
+def _proposed(
+    handle: c_void_p, description: c_void_p, weight: c_void_p, rows: c_void_p, out: c_void_p, alignment: int
+) -> _Algorithm | None:
+    library, preference, found, count = _library(), c_void_p(), _Found(), c_int()
     _check(library.cublasLtMatmulPreferenceCreate(byref(preference)))
     try:
-        alignments = ((name, c_uint32(wish.alignment)) for name in _MIN_ALIGNMENTS)
-        for attribute, value in ((_MAX_WORKSPACE_BYTES, c_size_t(wish.workspace_bytes)), *alignments):
+        alignments = ((name, c_uint32(alignment)) for name in _MIN_ALIGNMENTS)
+        for attribute, value in ((_MAX_WORKSPACE_BYTES, c_size_t(0)), *alignments):
             _check(library.cublasLtMatmulPreferenceSetAttribute(
                 preference, attribute, byref(value), c_size_t(sizeof(value))
             ))  # fmt: skip
         status = library.cublasLtMatmulAlgoGetHeuristic(
-            handle, description, weight, rows, out, out, preference, wish.place + 1, found, byref(count)
+            handle, description, weight, rows, out, out, preference, 1, byref(found), byref(count)
         )
     finally:
         library.cublasLtMatmulPreferenceDestroy(preference)
-    there = status == 0 and count.value > wish.place and found[wish.place].state == 0
-    return _Found.from_buffer_copy(found[wish.place]) if there else None
+    return found.algorithm if status == 0 and count.value and found.state == 0 else None
+
+
+def _named(
+    handle: c_void_p, description: c_void_p, weight: c_void_p, rows: c_void_p, out: c_void_p, work: _Work, wish: _Wish
+) -> _Algorithm | None:
+    """The kernel that is wished for, where cuBLASLt has it, and says that it computes this product without workspace.
+
+    cuBLASLt is not told addresses before it runs, so that their alignment is looked at here.
+    """
+    kernel, library, algorithm, found = wish.kernel, _library(), _Algorithm(), _Found()
+    if kernel is None or wish.alignment < _TMA_ALIGNMENT:
+        return None
+    types = (_COMPUTE_FP32, _FP32, work.matrices, work.matrices, _BF16, _BF16)
+    if library.cublasLtMatmulAlgoInit(handle, *types, _NVJET, byref(algorithm)):
+        return None
+    numbers = (
+        (_TILE, c_uint32(TILES[kernel.tile])), (_STAGES, c_uint32(_STAGES_OF[work.matrices])),
+        (_CUSTOM_OPTION, c_uint32(kernel.option)), (_CLUSTER, c_uint16(CLUSTERS[kernel.cluster])),
+    )  # fmt: skip
+    for attribute, value in numbers:
+        if library.cublasLtMatmulAlgoConfigSetAttribute(
+            byref(algorithm), attribute, byref(value), c_size_t(sizeof(value))
+        ):
+            return None
+    layouts = (weight, rows, out, out)
+    status = library.cublasLtMatmulAlgoCheck(handle, description, *layouts, byref(algorithm), byref(found))
+    return algorithm if status == 0 and found.state == 0 else None
 
 
 def _description(work: _Work) -> c_void_p:

@@ -11,14 +11,14 @@ fp32 division, which the kernels do as a multiplication by 1 / scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cublaslt, fused, operators
+from . import cublaslt, cublaslt_kernels, fused, operators
 from .open_sum import OpenSum
+from .products import Product
+from .rows import portions, together
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -167,39 +167,40 @@ def _wide_product(
 
 
 _MAX_ROWS = 8192
-"""Rows that cuBLASLt multiplies at a time. H100, 9216 rows of FLUX's single blocks at once 928 and 759 us, as two
-halves 885 and 689; 8192 rows of its double blocks are as fast at once."""
+"""Rows that cuBLASLt multiplies at a time by a kernel of its own choice. H100, 9216 rows of FLUX's single blocks at
+once 928 and 759 us, as two halves 885 and 689; 8192 rows of its double blocks are as fast at once."""
 _SCALE_ALIGNMENT = 16
 """Bytes; cuBLASLt refuses scales that lie anywhere else."""
 
 
 def _product(q: Tensor, q_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     out = _empty_product(q, q_scale, weight, weight_scale, bias)
-    at_once = _MAX_ROWS if cublaslt.why_not(q.device.index) is None else None
-    for rows, scale, part in _parts(q, q_scale, out, at_once):
-        if scale.data_ptr() % _SCALE_ALIGNMENT:
-            scale = scale.clone()
-        if at_once is None or not cublaslt.multiply(rows, scale, weight, weight_scale, bias, part):
-            # Also faster than the kernel with two single scales: 0.7485 ms for 0.848 ms on an H200.
-            torch._scaled_mm(
-                rows, weight.t(), scale_a=scale, scale_b=weight_scale.t(), bias=bias, out_dtype=torch.bfloat16,
-                use_fast_accum=True, out=part,
-            )  # fmt: skip
+    for rows, scale, part in together(q, q_scale, out):
+        for portion in portions(_at_once(rows, weight), rows, scale, part):
+            _row_product(*portion, weight, weight_scale, bias)
     return out
 
 
-def _parts(q: Tensor, q_scale: Tensor, out: Tensor, at_once: int | None) -> Iterator[Sequence[Tensor]]:
-    """Rows that lie together, their scales and their place in the result, at most `at_once`.
+def _at_once(rows: Tensor, weight: Tensor) -> int | None:
+    index = rows.device.index
+    if cublaslt.why_not(index) is not None:
+        return None
+    return cublaslt_kernels.at_once(index, Product(rows.shape[0], *weight.shape, fp8=True)) or _MAX_ROWS
 
-    The image's tokens of several pictures lie apart in attention's result: multiplied together, they would be copied
-    first. H100, 4096 tokens of two pictures, K and N 3072: 129 us; with PyTorch's copy 188, lying together 120.
-    """
-    apart = q.dim() > 2 and not q.is_contiguous() and q[0].is_contiguous()
-    pictures = zip(q, q_scale, out, strict=True) if apart else [(q, q_scale, out)]
-    for picture in pictures:
-        flat = [x.flatten(0, -2) for x in picture]
-        number = 1 if at_once is None else -(-flat[0].shape[0] // at_once)
-        yield from [flat] if number == 1 else zip(*(x.tensor_split(number) for x in flat), strict=True)
+
+def _row_product(
+    q: Tensor, q_scale: Tensor, out: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> None:
+    if q_scale.data_ptr() % _SCALE_ALIGNMENT:
+        q_scale = q_scale.clone()
+    ours = cublaslt.why_not(q.device.index) is None
+    if ours and cublaslt.multiply(q, q_scale, weight, weight_scale, bias, out):
+        return
+    # Also faster than the kernel with two single scales: 0.7485 ms for 0.848 ms on an H200.
+    torch._scaled_mm(
+        q, weight.t(), scale_a=q_scale, scale_b=weight_scale.t(), bias=bias, out_dtype=torch.bfloat16,
+        use_fast_accum=True, out=out,
+    )  # fmt: skip
 
 
 def _empty_product(q: Tensor, q_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
