@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping
+from statistics import mean
 from typing import TypeVar
 
 import torch
@@ -22,25 +24,28 @@ def median_milliseconds(run: Callable[[], object], device: torch.device, repeats
     return sorted(times)[len(times) // 2]
 
 
-def in_turns(
-    calls: Mapping[_Name, Callable[[], object]], device: torch.device, turns: int, turn_ms: float
+def settled_milliseconds(
+    calls: Mapping[_Name, Callable[[], object]], device: torch.device, settle_ms: float, taken_ms: float
 ) -> dict[_Name, float]:
-    """Milliseconds of one call of each, the median of `turns`; a turn repeats a call for about `turn_ms`.
+    """Milliseconds of one call of each while the GPU does nothing else, each repeated for `settle_ms` before it counts.
 
-    On a GPU turn follows turn without a pause, so that its clocks are those of a GPU under load.
+    At its power limit a GPU's clocks depend on what the work takes, so this compares energy. An H200 that multiplies
+    matrices reaches its clocks after 100 ms: 0.333, 0.336, 0.346, 0.364 and from then on 0.382 ms in spans of 20 ms.
+    From one such call to the next it has less to change. The first call comes once more at the end.
     """
     if device.type != "cuda":
-        return {name: median_milliseconds(call, device, turns, 1) for name, call in calls.items()}
+        return {name: median_milliseconds(call, device, 3, 1) for name, call in calls.items()}
     with torch.cuda.device(device):
-        counts = {name: max(1, round(turn_ms / _turn(call, 2)())) for name, call in calls.items()}
-        taken: dict[_Name, list[Callable[[], float]]] = {name: [] for name in calls}
-        for turn in range(turns):
-            for name in list(calls)[:: 1 if turn % 2 else -1]:
-                taken[name].append(_turn(calls[name], counts[name]))
-    return {name: sorted(ms() for ms in found)[len(found) // 2] for name, found in taken.items()}
+        spans: list[tuple[_Name, Callable[[], float]]] = []
+        for name in [*calls, *list(calls)[:1]]:
+            once = _span(calls[name], 2)()
+            _span(calls[name], math.ceil(settle_ms / once))
+            spans.append((name, _span(calls[name], math.ceil(taken_ms / once))))
+        found = [(name, span()) for name, span in spans]
+    return {name: mean(ms for other, ms in found if other == name) for name in calls}
 
 
-def _turn(call: Callable[[], object], count: int) -> Callable[[], float]:
+def _span(call: Callable[[], object], count: int) -> Callable[[], float]:
     """Queues `count` calls; what is returned waits for them and says how many milliseconds one took."""
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     before.record()
