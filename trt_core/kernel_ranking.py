@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .backends.compiler import SegmentCompiler
 from .background import Stopwatch
+from .config import Attention
 from .flux import cublaslt, fp8
 from .flux.block_products import block_products
 from .flux.catalogue import BlockKind
@@ -45,7 +46,7 @@ def _kernels(*words: str) -> tuple[Kernel, ...]:
 # FLUX's products of 512 to 9216 rows on an H200.
 _PLAIN = _kernels(
     "128x160 2x1 1", "128x256 2x1 5", "128x256 2x1 4", "192x192 2x1 5", "128x128 2x1 1", "128x192 2x1 4",
-    "96x128 2x1 0", "144x128 1x2 2",
+    "96x128 2x1 0", "144x128 1x2 2", "280x128 1x2 6",
 )  # fmt: skip
 _GELU = _kernels("128x160 2x1 1", "128x168 2x1 1", "112x128 1x2 2", "128x256 2x1 5", "128x128 2x1 1")
 _ONTO = _kernels("280x128 1x2 6", "192x192 2x1 5", "192x192 1x2 6", "128x288 2x1 5")
@@ -63,16 +64,16 @@ def candidates(product: Product) -> Sequence[Kernel]:
     return _ONTO if product.onto else _GELU if product.gelu else _PLAIN
 
 
-def rank_kernels(compiler: SegmentCompiler) -> tuple[tuple[KernelChoice, ...], list[Measurement]]:
+def rank_kernels(compiler: SegmentCompiler, attention: Attention) -> tuple[tuple[KernelChoice, ...], list[Measurement]]:
     """The kernels to take for this model's products at the profile's optimum, and what was measured.
 
-    Nothing where products are not cuBLASLt's. Raises `BuildCancelled`.
+    `attention`: the kernel in plain blocks. Nothing where products are not cuBLASLt's. Raises `BuildCancelled`.
     """
     device = compiler.device
     if device.type != "cuda" or cublaslt.why_not(device.index) or compiler.dtype is not torch.bfloat16:
         return (), []
     watch, chosen, measured, settle_ms = Stopwatch(), [], [], _FIRST_SETTLE_MS
-    for name, product in _measurable(compiler).items():
+    for name, product in _measurable(compiler, attention is Attention.FLASH3).items():
         stop_if_cancelled(compiler.progress, f"Choosing a kernel for {name}")
         times = measure(product, device, settle_ms, _TAKEN_MS)
         best, settle_ms = _best(times), _SETTLE_MS
@@ -105,12 +106,12 @@ def _words(kernel: Kernel | None) -> str:
     return OWN if kernel is None else f"cuBLASLt {kernel.tile}, {kernel.cluster}, {kernel.option}"
 
 
-def _measurable(compiler: SegmentCompiler) -> Mapping[str, Product]:
+def _measurable(compiler: SegmentCompiler, joined: bool) -> Mapping[str, Product]:
     profile = compiler.profile
     opts, found = (profile.batch.opt, profile.img_tokens.opt, profile.txt_tokens.opt), {}
     for kind in BlockKind:
         in_fp8 = bool(compiler.precision(WHOLE_SEGMENT[kind]).fp8) and kind not in compiler.wide
-        found |= block_products(kind, compiler.arch, *opts, in_fp8)
+        found |= block_products(kind, compiler.arch, *opts, in_fp8, joined)
     return {name: product for name, product in found.items() if product.flops >= _SMALLEST_FLOPS}
 
 

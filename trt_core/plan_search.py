@@ -201,7 +201,7 @@ class PlanSearch:
         self.compiler.wide, products = rank_products(self.compiler)
         self.trials.measurements += [*ranked, *products]
         if any(backend is Backend.INDUCTOR for _, backend in jobs):
-            kernels, measured = rank_kernels(self.compiler)
+            kernels, measured = rank_kernels(self.compiler, self.trials.attention.between)
             self.trials.measurements += measured
             self._take_kernels(kernels)
         self.trials.compile(jobs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,6 +54,8 @@ def beside_attention(kernel: Attention) -> BesideAttention | None:
     """This kernel's attention with a product beside it, callable inside compiled code, or None."""
     if kernel in (Attention.AUTO, Attention.FP8):
         return None
+    if kernel is Attention.FLASH3:
+        return _JOINED
 
     def beside(q: Tensor, k: Tensor, v: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return _BESIDE(q, k, v, x, weight, bias, kernel.value)
@@ -105,13 +109,16 @@ def _beside(
     q: Tensor, k: Tensor, v: Tensor, x: Tensor, weight: Tensor, bias: Tensor, kernel: str
 ) -> tuple[Tensor, Tensor]:
     attend_by, product = attention_function(Attention(kernel)), _empty_product(x, weight)
-    with side_stream.forked(q.device) as side:
+    with _beside_stream(x) as side:
         attn = attend_by(q, k, v)
-        with torch.cuda.stream(side):
-            torch.ops.aten._addmm_activation.out(
-                bias, x.flatten(0, -2), weight.t(), use_gelu=True, out=product.flatten(0, -2)
-            )
+        with torch.cuda.stream(side):  # with None where it is
+            fused.write_product(x.flatten(0, -2), weight, bias, product.flatten(0, -2), gelu=True)
     return attn, product
+
+
+def _beside_stream(x: Tensor) -> AbstractContextManager[torch.cuda.Stream | None]:
+    """A stream beside the current one for several pictures, None for one."""
+    return side_stream.forked(x.device) if x.shape[0] > 1 else nullcontext()
 
 
 def _one_after_the_other(
@@ -130,6 +137,24 @@ def _empty_product(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _joined(q: Tensor, k: Tensor, v: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    out = _empty_joined(q, k, v, x, weight, bias)
+    attn, product = out.split((out.shape[-1] - weight.shape[0], weight.shape[0]), -1)
+    with _beside_stream(x) as side:
+        flash3_attention.attend_into(q, k, v, attn.unflatten(-1, q.shape[2:]))
+        with torch.cuda.stream(side):
+            fused.write_product(x.flatten(0, -2), weight, bias, product.flatten(0, -2), gelu=True)
+    return out
+
+
+def _joined_on_cpu(q: Tensor, k: Tensor, v: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.cat((_attend_flash3(q, k, v), fused.gelu_product(x, weight, bias)), -1)
+
+
+def _empty_joined(q: Tensor, k: Tensor, v: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], q.shape[2] * q.shape[3] + weight.shape[0]))
+
+
 # An operator, because Inductor launches everything that it compiles on one stream. Measured on an H100, whole steps of
 # two pictures in turns: 236.1 to 236.5 ms for 239.6 to 240.6 with whole blocks. For one picture, as chains of a single
 # block's kernels, nothing is gained (2.00 to 2.06 ms for 1.97 to 2.09). Nor is it in FP8, where the GELU alone can be
@@ -140,4 +165,12 @@ _BESIDE = operators.define(
     "attention_beside_product(Tensor q, Tensor k, Tensor v, Tensor x, Tensor weight, Tensor bias, str kernel)"
     " -> (Tensor, Tensor)",
     _beside, _one_after_the_other, _beside_shapes,
+)  # fmt: skip
+
+# FlashAttention-3 and the product write into one tensor, which the next layer multiplies as it is: another kernel's
+# output would have to be copied there.
+_JOINED = operators.define(
+    __name__,
+    "attention_joined_with_product(Tensor q, Tensor k, Tensor v, Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    _joined, _joined_on_cpu, _empty_joined,
 )  # fmt: skip

@@ -59,10 +59,15 @@ def _why_not_loaded() -> str | None:
     return None
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_into(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Tensor:
+    """`attend` on a GPU, for eager calls, written to `out` [B, L, H, D], whose last axis alone must be dense."""
     _load()  # a process that finds its plan, and its blocks compiled, has asked nobody whether it can run
     # One split: without it the kernel's own rule asks how long sequences are, and may sum in another order.
-    return torch.ops.fa3_fwd.fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, num_splits=1)[0]
+    return torch.ops.fa3_fwd.fwd(q, k, v, out=out, softmax_scale=q.shape[-1] ** -0.5, num_splits=1)[0]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend_into(q, k, v, None)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

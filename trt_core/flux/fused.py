@@ -219,8 +219,8 @@ def _joint_product(
 ) -> Tensor:
     n_txt = txt.shape[1]
     out = img.new_empty((n_txt + img.shape[1], img_weight.shape[0]))
-    _product(txt[0], txt_weight, txt_bias, out[:n_txt])
-    _product(img[0], img_weight, img_bias, out[n_txt:])
+    write_product(txt[0], txt_weight, txt_bias, out[:n_txt])
+    write_product(img[0], img_weight, img_bias, out[n_txt:])
     return out[None]
 
 
@@ -234,16 +234,15 @@ def _accumulated_product(attn: Tensor, mlp: Tensor, weight: Tensor, bias: Tensor
     width = attn.shape[-1]
     out = _empty_product(attn, mlp, weight, bias)
     flat = out.flatten(0, -2)
-    ours = _is_ours(attn)
-    _product(attn.flatten(0, -2), weight[:, :width], bias, flat, ours)
-    _product(mlp.flatten(0, -2), weight[:, width:], None, flat, ours)
+    write_product(attn.flatten(0, -2), weight[:, :width], bias, flat)
+    write_product(mlp.flatten(0, -2), weight[:, width:], None, flat)
     return out
 
 
 def _plain_product(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
     out = _empty_plain_product(x, weight, bias, gelu)
     for rows, part in together(x, out):
-        _product(rows, weight, bias, part, gelu=gelu)
+        write_product(rows, weight, bias, part, gelu=gelu)
     return out
 
 
@@ -251,11 +250,12 @@ def _empty_plain_product(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) ->
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _product(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, ours: bool = True, *, gelu: bool = False
-) -> None:
-    """Writes rows @ weight^T + bias to `out`, GELU of it where `gelu`; without a bias, adds the product onto `out`."""
-    if not (ours and _fits_cublaslt(rows, weight)):
+def write_product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, gelu: bool = False) -> None:
+    """Writes rows @ weight^T + bias to `out`, GELU of it where `gelu`; without a bias, adds the product onto `out`.
+
+    rows [M, K], weight [N, K], bias [N], out [M, N]. For eager calls; by `cublaslt` where it can.
+    """
+    if not _fits_cublaslt(rows, weight):
         product_by_pytorch(rows, weight, bias, out, gelu)
         return
     about = {"gelu": gelu, "onto": bias is None}
@@ -266,7 +266,7 @@ def _product(
 
 
 def product_by_pytorch(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, gelu: bool = False) -> None:
-    """`_product` in eager PyTorch."""
+    """`write_product` in eager PyTorch."""
     if bias is None:
         out.addmm_(rows, weight.t())
     elif gelu:

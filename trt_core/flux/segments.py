@@ -32,8 +32,9 @@ from .open_sum import OpenSum
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q, k, v), each [B, L, H, D], to [B, L, H * D]."""
-BesideAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(q, k, v, x, weight, bias) to attention's output and `fused.gelu_product` of x, both at work at once."""
+BesideAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
+"""(q, k, v, x, weight, bias) to attention's output and `fused.gelu_product` of x: of several pictures both are at work
+at once. One tensor where they lie side by side."""
 
 
 def double_qkv(
@@ -125,7 +126,7 @@ def single_block(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """A whole single block with `attention` inside, from open sum to open sum: x, and what its gate multiplies.
 
-    `beside`: the same attention with a product beside it, which several pictures take.
+    `beside`: the same attention with a product beside it.
     """
 
     def block(
@@ -164,12 +165,14 @@ def _cut_single_block(
     qkv = linear(normed, linear1[: 3 * hidden], linear1_bias[: 3 * hidden])
     mlp = (normed, linear1[3 * hidden :], linear1_bias[3 * hidden :])
     stream = QkvStream(qkv, query_norm, key_norm, cos, sin)
-    if beside is None or normed.shape[0] == 1:
-        attn, mlp_out = _attention(attention, stream, hidden), gelu_product(*mlp)
+    if beside is None:
+        made = _attention(attention, stream, hidden), gelu_product(*mlp)
     else:
         q, k = _rotated(stream, hidden)
-        attn, mlp_out = beside(q, k, value_of(qkv, q), *mlp)
-    return joined_product(attn, mlp_out, linear2, linear2_bias)
+        made = beside(q, k, value_of(qkv, q), *mlp)
+    if isinstance(made, Tensor):
+        return linear(made, linear2, linear2_bias)
+    return joined_product(*made, linear2, linear2_bias)
 
 
 def _joint_qkv(img: QkvStream, txt: QkvStream) -> tuple[Tensor, Tensor, Tensor]:
