@@ -34,7 +34,6 @@ _SMALLEST_FLOPS = 2e10
 """Smaller products end before Python has launched the next one."""
 _WORTH_IT = 0.99
 """A kernel is taken below this part of the time of cuBLASLt's choice."""
-OWN = "cuBLASLt's choice"
 
 
 def _kernels(*words: str) -> tuple[Kernel, ...]:
@@ -79,7 +78,7 @@ def rank_kernels(compiler: SegmentCompiler, attention: Attention) -> tuple[tuple
         best, settle_ms = _best(times), _SETTLE_MS
         if best is not None:
             chosen.append(KernelChoice(product, best))
-        measured += [Measurement(name, _words(kernel), times[kernel]) for kernel in dict.fromkeys((None, best))]
+        measured += [Measurement(name, words(kernel), times[kernel]) for kernel in dict.fromkeys((None, best))]
     torch.cuda.empty_cache()
     _LOG.info("cuBLASLt's kernels for matrix products: %d chosen, %.1f s", len(chosen), watch.seconds())
     return tuple(chosen), measured
@@ -102,8 +101,9 @@ def _best(times: Mapping[Kernel | None, float]) -> Kernel | None:
     return best if times[best] < _WORTH_IT * times[None] else None
 
 
-def _words(kernel: Kernel | None) -> str:
-    return OWN if kernel is None else f"cuBLASLt {kernel.tile}, {kernel.cluster}, {kernel.option}"
+def words(kernel: Kernel | None) -> str:
+    """For logs, reports and benchmarks."""
+    return "cuBLASLt's choice" if kernel is None else f"cuBLASLt {kernel.tile}, {kernel.cluster}, {kernel.option}"
 
 
 def _measurable(compiler: SegmentCompiler, joined: bool) -> Mapping[str, Product]:

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from benchmarks.products import kernel_names
 from trt_core.backends.check import relative_l2
-from trt_core.flux import cublaslt, fused
+from trt_core.flux import cublaslt, cublaslt_kernels, fused
+from trt_core.flux.cublaslt_kernels import Kernel
+from trt_core.flux.products import Product
+from trt_core.kernel_ranking import ProductInputs, candidates, measure, words
 
 DEVICE, BF16 = torch.device("cuda", 0), torch.bfloat16
 AS_CLOSE = 1.01
@@ -54,10 +57,10 @@ def test_parts_of_tensors(skipped: int) -> None:
     x, weight = normal(300, 256 + skipped)[:, skipped:], normal(384 + skipped, 512, seed=1)[skipped:, -256:]
     whole, bias = torch.full((320, 384 + skipped), 7.0, device=DEVICE, dtype=BF16), normal(384 + skipped, seed=2)
     out = whole[20:, skipped:]
-    fused._product(x, weight, bias[skipped:], out)
+    fused.write_product(x, weight, bias[skipped:], out)
     exact = F.linear(x.float(), weight.float(), bias[skipped:].float())
     assert relative_l2(out, exact) < AS_CLOSE * relative_l2(F.linear(x, weight, bias[skipped:]), exact)
-    fused._product(x, weight, None, out)
+    fused.write_product(x, weight, None, out)
     assert relative_l2(out, exact + x.float() @ weight.float().T) < 4e-3
     assert (whole[:20] == 7).all()
     assert (whole[:, :skipped] == 7).all()
@@ -86,14 +89,67 @@ def test_in_a_cuda_graph() -> None:
         assert torch.equal(captured, fused._PLAIN_PRODUCT(x, weight, bias, True))
 
 
-@pytest.mark.parametrize("workspace_bytes", [0, 32 << 20])
-def test_other_kernels_compute_the_same(workspace_bytes: int) -> None:
-    """cuBLASLt's further proposals, until there are no more; with a workspace they may split the sums."""
-    room = torch.empty(workspace_bytes, dtype=torch.uint8, device=DEVICE) if workspace_bytes else None
-    x, weight, bias = normal(4608, 1536), normal(3072, 1536, seed=1, size=1536**-0.5), normal(3072, seed=2)
-    exact, own, tried = F.linear(x.float(), weight.float(), bias.float()), F.linear(x, weight, bias), 0
-    out = torch.empty_like(own)
-    while cublaslt.multiply_bf16(x, weight, bias, out.fill_(7), proposal=cublaslt.Proposal(tried, room)):
-        assert relative_l2(out, exact) < AS_CLOSE * relative_l2(own, exact)
-        tried += 1
-    assert tried > 1
+PRODUCTS = [
+    Product(rows, 3072, width, fp8, gelu, onto)
+    for rows, width in ((4608, 1536), (4096, 1040), (512, 3072), (77, 256))
+    for fp8, gelu, onto in ((False, False, False), (False, True, False), (False, False, True), (True, False, False))
+]
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+def test_all_kernels_compute_the_same_bits(product: Product) -> None:
+    """Those that a plan may choose: at least one of them can, and none splits the sums."""
+    inputs, tried = ProductInputs(product, DEVICE), 0
+    before = inputs.out.clone()
+    assert inputs.run(None)
+    expected = inputs.out.clone()
+    for kernel in candidates(product):
+        inputs.out.copy_(before if product.onto else torch.full_like(before, 7))
+        if inputs.run(kernel):
+            assert torch.equal(inputs.out, expected), words(kernel)
+            tried += 1
+    assert tried > 0
+
+
+@pytest.mark.parametrize("product", [Product(4608, 3072, 3072), Product(4608, 3072, 3072, fp8=True)], ids=str)
+def test_a_preferred_kernel_is_taken(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cublaslt_kernels, "_PREFERRED", {})
+    inputs = ProductInputs(product, DEVICE)
+    own = kernel_names(lambda: inputs.run(None))
+    liked = next(k for k in candidates(product) if inputs.run(k) and f"_{k.tile}_" not in own[0])
+    cublaslt_kernels.prefer(0, {product: liked})
+    (name,) = kernel_names(lambda: inputs.run(None))
+    assert f"_{liked.tile}_" in name
+    cublaslt_kernels.prefer(0, {product: Kernel("128x128", "2x1", 99)})
+    assert kernel_names(lambda: inputs.run(None)) == own, "one that cuBLASLt does not have"
+
+
+@pytest.mark.parametrize("skipped", [0, 1, 2, 4, 8])
+def test_preferred_kernels_take_no_odd_addresses(skipped: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs are multiples of 16 bytes, as are the rows' distances; everything else is cuBLASLt's choice."""
+    monkeypatch.setattr(cublaslt_kernels, "_PREFERRED", {})
+    cublaslt_kernels.prefer(0, {Product(300, 384, 256): Kernel("128x128", "2x1", 1)})
+    test_parts_of_tensors(skipped)
+
+
+def test_halves_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pictures by the kernel that was measured for one: the same bits in two launches."""
+    monkeypatch.setattr(cublaslt_kernels, "_PREFERRED", {})
+    x, weight, bias = normal(2, 4608, 512), normal(1024, 512, seed=1, size=512**-0.5), normal(1024, seed=2)
+    expected = fused._PLAIN_PRODUCT(x, weight, bias, True)
+    cublaslt_kernels.prefer(0, {Product(4608, 1024, 512, gelu=True): Kernel("128x160", "2x1", 1)})
+    assert torch.equal(fused._PLAIN_PRODUCT(x, weight, bias, True), expected)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        fused._PLAIN_PRODUCT(x, weight, bias, True)
+        torch.cuda.synchronize()
+    (found,) = [event for event in profile.key_averages() if "128x160" in event.key]
+    assert found.count == 2
+
+
+def test_a_ranking_takes_what_settles_faster() -> None:
+    product = Product(4608, 12288, 3072, gelu=True)
+    times = measure(product, DEVICE, 50, 50)
+    assert None in times
+    assert len(times) > 3
+    peak = 2e9 * 4608 * 12288 * 3072 / 1e15
+    assert all(peak < ms < 20 * peak for ms in times.values()), "faster than any Hopper GPU, or not measured"

@@ -181,24 +181,6 @@ def test_pictures_that_lie_apart(with_bias: bool) -> None:
     assert (shaped.shape, shaped.dtype, shaped.stride()) == (seen.shape, seen.dtype, seen.stride())
 
 
-@pytest.mark.parametrize("at_once", [None, 5, 100])
-def test_parts_of_a_product(at_once: int | None) -> None:
-    """Every row once, in order, with its scale; few at a time, and pictures that lie apart are not copied."""
-    whole = torch.arange(2 * 12 * 4.0).view(2, 12, 4)
-    for q in (whole, whole[:, 5:], whole[0], whole[:, :, :2]):
-        scale, out = q[..., :1].contiguous(), torch.zeros(q.shape)
-        parts = list(fp8._parts(q, scale, out, at_once))
-        for rows, scales, part in parts:
-            assert at_once is None or len(rows) <= at_once
-            assert torch.equal(rows[:, :1], scales)
-            part.copy_(rows)
-        assert torch.equal(out, q), "a part of the result is a copy"
-        assert len({len(rows) for rows, _, _ in parts}) <= 2
-    assert [rows.data_ptr() for rows, _, _ in fp8._parts(whole[:, 5:], *[whole[:, 5:]] * 2, None)] == [
-        whole[i, 5:].data_ptr() for i in range(2)
-    ]
-
-
 def test_products_are_pytorchs_without_cuda() -> None:
     if torch.version.cuda is None:
         assert cublaslt._why_not_loaded() == "this PyTorch has no CUDA"

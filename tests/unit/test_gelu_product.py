@@ -188,13 +188,16 @@ def test_the_first_product_of_each_mlp_carries_the_gelu(
 
 
 @pytest.mark.usefixtures("cut")
-def test_several_pictures_have_the_product_beside_attention(
-    arch: FluxArchitecture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kernel", "second_products"), [(Attention.MATH, 0), (Attention.FLASH3, 3)])
+def test_a_product_beside_attention(
+    kernel: Attention, second_products: int, arch: FluxArchitecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same block, by Inductor as well; a single picture, and attention that has nothing beside it, go without."""
-    beside, calls = beside_attention(Attention.MATH), []
+    """The same block, by Inductor as well; FlashAttention-3's output and the MLP's are one tensor, multiplied once."""
+    beside, calls, wholes = beside_attention(kernel), [], []
     noted = lambda *tensors: calls.append(tensors[3].shape[0]) or beside(*tensors)  # noqa: E731
-    name, attention = SegmentName.SINGLE_BLOCK, attention_function(Attention.MATH)
+    linear = segments.linear
+    noted_linear = lambda x, w, b: wholes.append(w.shape[1] > 3 * arch.hidden) or linear(x, w, b)  # noqa: E731
+    name, attention = SegmentName.SINGLE_BLOCK, attention_function(kernel)
     described, plain = segment(name, arch, attention, beside=noted), segment(name, arch, attend).function
     asked = segment(name, arch, attention, beside=beside)
     compiled = InductorSegment(Request(asked, torch.float32, CPU, Profile.around(1, 40, 7), asked.function))
@@ -203,10 +206,13 @@ def test_several_pictures_have_the_product_beside_attention(
         with monkeypatch.context() as whole:
             whole.setattr(segments, "has_gelu_epilogue", fused.has_gelu_epilogue)
             expected = plain(*inputs)
-        for seen in (described.function(*inputs), compiled(*inputs)):
+        with monkeypatch.context() as counted:
+            counted.setattr(segments, "linear", noted_linear)
+            eager = described.function(*inputs)
+        for seen in (eager, compiled(*inputs)):
             for s, e in zip(seen, expected, strict=True):
                 assert relative_l2(s, e) < 1e-6
-    assert calls == [2, 3]
+    assert (calls, sum(wholes)) == ([1, 2, 3], second_products)
     assert beside_attention(Attention.AUTO) is beside_attention(Attention.FP8) is None
 
 
@@ -214,6 +220,7 @@ def test_attention_beside_a_product_is_an_operator() -> None:
     q, k, v = (normal(2, 8, 3, 16, seed=s) for s in range(3))
     arguments = (q, k, v, normal(2, 8, 48, seed=4), normal(96, 48, seed=5), normal(96, seed=6), "math")
     torch.library.opcheck(attention_kernels._BESIDE, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(attention_kernels._JOINED, arguments[:-1], test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.usefixtures("cut")

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from trt_core.measure import median_milliseconds, wait_cycles
+from trt_core.measure import median_milliseconds, settled_milliseconds, wait_cycles
 
 
 @pytest.mark.parametrize("queued_seconds", [0.0, 1e-4, 0.02, 0.1])
@@ -29,3 +29,10 @@ def test_a_clock_on_the_cpu() -> None:
 
     assert 10 <= median_milliseconds(run, torch.device("cpu"), repeats=3, warmup=2) < 100
     assert len(calls) == 5
+
+
+def test_each_of_several_on_the_cpu() -> None:
+    found = settled_milliseconds(
+        {"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.01)}, torch.device("cpu"), 1.0, 1.0
+    )
+    assert 1 <= found["short"] < 10 <= found["long"] < 100

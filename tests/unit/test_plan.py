@@ -11,10 +11,13 @@ import pytest
 from trt_core.config import Attention, Backend, Layout, Profile
 from trt_core.errors import BuildFailed
 from trt_core.flux.catalogue import SPLIT_SEGMENTS, SegmentName
+from trt_core.flux.cublaslt_kernels import Kernel
+from trt_core.flux.products import Product
 from trt_core.plan import (
     AttentionChoice,
     BlockChoice,
     BlockKind,
+    KernelChoice,
     Measurement,
     Plan,
     choose,
@@ -215,6 +218,7 @@ def a_plan(double: BlockChoice | None = None) -> Plan:
             Measurement("double_qkv", "tensorrt", 1.25, 0.98),
             Measurement("single_block", "tensorrt", left_out="it cannot win"),
         ),
+        (KernelChoice(Product(4608, 12288, 3072, gelu=True), Kernel("128x160", "2x1", 1)),),
     )
 
 

@@ -16,10 +16,14 @@ from trt_core.backends.compiler import SegmentCompiler
 from trt_core.config import Attention, Backend, CompileConfig, Layout, Profile, ShapeRange
 from trt_core.engine_cache import EngineCache
 from trt_core.errors import BuildCancelled, MissingDependency, UnsupportedGPU
+from trt_core.flux import cublaslt_kernels
 from trt_core.flux.architecture import FluxArchitecture
 from trt_core.flux.catalogue import SegmentName
+from trt_core.flux.cublaslt_kernels import Kernel, preferred
+from trt_core.flux.products import Product
 from trt_core.host import Silent
-from trt_core.plan import AttentionChoice, BlockKind, Plan
+from trt_core.kernel_ranking import rank_kernels
+from trt_core.plan import AttentionChoice, BlockKind, KernelChoice, Measurement, Plan
 from trt_core.plan_search import PlanSearch
 
 MODEL = tiny_transformer(head_dim=16)
@@ -84,6 +88,42 @@ def test_products_that_are_not_fp8_are_so_again_when_the_plan_is_loaded(
     monkeypatch.setattr(plan_search, "rank_products", None)
     assert again.run()[0].single.wide
     assert again.compiler.wide == first.compiler.wide == {BlockKind.SINGLE}
+
+
+def test_kernels_of_products_are_taken_when_the_plan_is_searched_and_when_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cublaslt_kernels, "_PREFERRED", {})
+    product, kernel = Product(47, 192, 48), Kernel("128x160", "2x1", 1)
+    measured = [Measurement("linear1", "cuBLASLt 128x160, 2x1, 1", 0.1)]
+    asked: list[Attention] = []
+
+    def ranked(compiler: SegmentCompiler, attention: Attention) -> tuple[tuple[KernelChoice, ...], list[Measurement]]:
+        asked.append(attention)
+        return (KernelChoice(product, kernel),), measured
+
+    monkeypatch.setattr(plan_search, "rank_kernels", ranked)
+    searching = search(tmp_path, Backend.INDUCTOR)
+    compile_jobs = searching.trials.compile
+    seen: list[Kernel | None] = []
+    monkeypatch.setattr(
+        type(searching.trials), "compile", lambda self, jobs: seen.append(preferred(0, product)) or compile_jobs(jobs)
+    )
+    plan, _ = searching.run()
+    assert (asked, seen) == ([Attention.AUTO], [kernel]), "before blocks are compiled and measured"
+    assert plan.kernels == (KernelChoice(product, kernel),)
+    assert measured[0] in plan.measurements
+    cublaslt_kernels.forget()
+    monkeypatch.setattr(plan_search, "rank_kernels", None)
+    assert search(tmp_path, Backend.INDUCTOR).run()[0] == plan
+    assert preferred(0, product) == kernel
+
+
+def test_nothing_is_measured_for_products_that_are_not_cublaslts() -> None:
+    compiler = SegmentCompiler(
+        ARCH, torch.bfloat16, torch.device("cpu"), PROFILE, EngineCache(Path("nowhere")), 1.5, Silent()
+    )
+    assert rank_kernels(compiler, Attention.AUTO) == ((), [])
 
 
 def test_auto_takes_eager_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
