@@ -25,39 +25,38 @@ def median_milliseconds(run: Callable[[], object], device: torch.device, repeats
 
 
 def settled_milliseconds(
-    calls: Mapping[_Name, Callable[[], object]], device: torch.device, settle_ms: float, taken_ms: float
-) -> dict[_Name, float]:
+    calls: Mapping[_Name, Callable[[], object]], device: torch.device, settle_ms: float, taken_ms: float,
+    hopeless: float = math.inf,
+) -> dict[_Name, float]:  # fmt: skip
     """Milliseconds of one call of each while the GPU does nothing else, each repeated for `settle_ms` before it counts.
 
     At its power limit a GPU's clocks depend on what the work takes, so this compares energy. An H200 that multiplies
     matrices reaches its clocks after 100 ms: 0.333, 0.336, 0.346, 0.364 and from then on 0.382 ms in spans of 20 ms.
-    From one such call to the next it has less to change. The first call comes once more at the end.
+    From one such call to the next it has less to change. The first call comes once more at the end. Left out are those
+    that take more than `hopeless` times the first one's time at the clocks that they find.
     """
     if device.type != "cuda":
         return {name: median_milliseconds(call, device, 3, 1) for name, call in calls.items()}
+    spans: dict[_Name, list[float]] = {}
     with torch.cuda.device(device):
-        spans: list[tuple[_Name, Callable[[], float]]] = []
         for name in [*calls, *list(calls)[:1]]:
-            once = _span(calls[name], 2)()
+            once = _span(calls[name], 3)
+            if spans and once > hopeless * next(iter(spans.values()))[0]:
+                continue
             _span(calls[name], math.ceil(settle_ms / once))
-            spans.append((name, _span(calls[name], math.ceil(taken_ms / once))))
-        found = [(name, span()) for name, span in spans]
-    return {name: mean(ms for other, ms in found if other == name) for name in calls}
+            spans.setdefault(name, []).append(_span(calls[name], math.ceil(taken_ms / once)))
+    return {name: mean(found) for name, found in spans.items()}
 
 
-def _span(call: Callable[[], object], count: int) -> Callable[[], float]:
-    """Queues `count` calls; what is returned waits for them and says how many milliseconds one took."""
+def _span(call: Callable[[], object], count: int) -> float:
+    """Milliseconds of one call of `count` without a pause."""
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     before.record()
     for _ in range(count):
         call()
     after.record()
-
-    def milliseconds() -> float:
-        after.synchronize()
-        return before.elapsed_time(after) / count
-
-    return milliseconds
+    after.synchronize()
+    return before.elapsed_time(after) / count
 
 
 def _gpu_times(run: Callable[[], object], device: torch.device, repeats: int, queued_seconds: float) -> list[float]:

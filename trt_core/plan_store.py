@@ -14,6 +14,7 @@ from .engine_cache import EngineKey
 from .errors import CacheError, TRTError
 from .flux import cudnn_attention, flash3_attention
 from .flux.catalogue import BlockKind, source_version
+from .kernel_ranking import candidates_digest
 from .plan import WHOLE_SEGMENT, Plan
 
 _LOG = logging.getLogger("trt_core.plan")
@@ -64,6 +65,7 @@ class PlanStore:
             # A compiler that was installed since makes a new choice possible.
             "precision": [compiler.precision(WHOLE_SEGMENT[kind]).to_dict() for kind in BlockKind],
             "left_out": sorted(backend.value for backend, reason in why_not(compiler).items() if reason),
+            "kernels": candidates_digest(),
             "fp8_attention": cudnn_attention.installed(), "flash3": flash3_attention.installed(),
         }  # fmt: skip
         return EngineKey("plan", fields)

@@ -120,8 +120,8 @@ def test_a_preferred_kernel_is_taken(product: Product, monkeypatch: pytest.Monke
     cublaslt_kernels.prefer(0, {product: liked})
     (name,) = kernel_names(lambda: inputs.run(None))
     assert f"_{liked.tile}_" in name
-    cublaslt_kernels.prefer(0, {product: Kernel("128x128", "2x1", 99)})
-    assert kernel_names(lambda: inputs.run(None)) == own, "one that cuBLASLt does not have"
+    cublaslt_kernels.prefer(0, {product: Kernel("280x128", "1x1", 1)})
+    assert kernel_names(lambda: inputs.run(None)) == own, "a tile too large for one group of warps"
 
 
 @pytest.mark.parametrize("skipped", [0, 1, 2, 4, 8])
@@ -150,6 +150,6 @@ def test_a_ranking_takes_what_settles_faster() -> None:
     product = Product(4608, 12288, 3072, gelu=True)
     times = measure(product, DEVICE, 50, 50)
     assert None in times
-    assert len(times) > 3
-    peak = 2e9 * 4608 * 12288 * 3072 / 1e15
-    assert all(peak < ms < 20 * peak for ms in times.values()), "faster than any Hopper GPU, or not measured"
+    assert len(times) > 1
+    least_ms = product.flops / 1e12
+    assert all(least_ms < ms < 20 * least_ms for ms in times.values()), "faster than any Hopper GPU, or not measured"
