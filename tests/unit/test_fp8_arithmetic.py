@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trt_core.flux import cublaslt, fp8, fused
+from trt_core.flux import cublaslt_library, fp8, fused
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -183,7 +183,7 @@ def test_pictures_that_lie_apart(with_bias: bool) -> None:
 
 def test_products_are_pytorchs_without_cuda() -> None:
     if torch.version.cuda is None:
-        assert cublaslt._why_not_loaded() == "this PyTorch has no CUDA"
+        assert cublaslt_library.why_not_loaded() == "this PyTorch has no CUDA"
 
 
 def test_quantized_product_keeps_the_signal() -> None:
