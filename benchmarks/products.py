@@ -23,8 +23,9 @@ from trt_core.flux import cublaslt, fused
 from trt_core.flux.architecture import FluxArchitecture
 from trt_core.flux.block_products import block_products
 from trt_core.flux.catalogue import BlockKind
+from trt_core.flux.cublaslt_kernels import OWN
 from trt_core.flux.products import Product
-from trt_core.kernel_ranking import ProductInputs, candidates, words
+from trt_core.kernel_ranking import ProductInputs, candidates
 from trt_core.measure import settled_milliseconds
 
 from .fp8_lines import append, device_of
@@ -40,7 +41,7 @@ TINY = FluxArchitecture(
     in_channels=64, out_channels=64, hidden=256, heads=2, mlp_hidden=1024, double_depth=2, single_depth=2,
     context_dim=64, vec_dim=32, guidance=True, axes_dim=(16, 56, 56),
 )  # fmt: skip
-PYTORCH, OWN = "PyTorch", words(None)
+PYTORCH, BY_CUBLASLT = "PyTorch", OWN.words()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,8 @@ def ways(inputs: ProductInputs) -> dict[str, Callable[[], object]]:
     device = inputs.out.device
     if device.type != "cuda" or cublaslt.why_not(device.index):
         return found
-    kernels = [kernel for kernel in (None, *candidates(inputs.product)) if inputs.run(kernel)]
-    return found | {words(kernel): partial(inputs.run, kernel) for kernel in kernels}
+    kernels = [kernel for kernel in (OWN, *candidates(inputs.product)) if inputs.run(kernel)]
+    return found | {kernel.words(): partial(inputs.run, kernel) for kernel in kernels}
 
 
 def kernel_names(call: Callable[..., object], *arguments: Tensor) -> list[str]:
@@ -120,7 +121,7 @@ def step_sums(lines: Sequence[Line]) -> dict[str, float]:
     def total(of: Callable[[Mapping[str, float]], float]) -> float:
         return sum(line["times"] * of(line["ms"]) for line in lines)
 
-    return {PYTORCH: total(lambda ms: ms[PYTORCH]), OWN: total(lambda ms: ms.get(OWN, ms[PYTORCH])),
+    return {PYTORCH: total(lambda ms: ms[PYTORCH]), BY_CUBLASLT: total(lambda ms: ms.get(BY_CUBLASLT, ms[PYTORCH])),
             "best": total(lambda ms: min(ms.values()))}  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from .config import Attention
 from .flux import cublaslt, fp8
 from .flux.block_products import block_products
 from .flux.catalogue import BlockKind
-from .flux.cublaslt_kernels import Kernel
+from .flux.cublaslt_kernels import OWN, Kernel
 from .flux.products import Product
 from .host import stop_if_cancelled
 from .measure import settled_milliseconds
@@ -93,7 +93,7 @@ def rank_kernels(compiler: SegmentCompiler, attention: Attention) -> tuple[tuple
         best, settle_ms = _best(times), _SETTLE_MS
         if best is not None:
             chosen.append(KernelChoice(product, best))
-        measured += [Measurement(name, words(kernel), times[kernel]) for kernel in dict.fromkeys((None, best))]
+        measured += [Measurement(name, kernel.words(), times[kernel]) for kernel in (OWN, best) if kernel]
     torch.cuda.empty_cache()
     _LOG.info("cuBLASLt's kernels for matrix products: %d chosen, %.1f s", len(chosen), watch.seconds())
     return tuple(chosen), measured
@@ -101,24 +101,19 @@ def rank_kernels(compiler: SegmentCompiler, attention: Attention) -> tuple[tuple
 
 def measure(
     product: Product, device: torch.device, settle_ms: float = _SETTLE_MS, taken_ms: float = _TAKEN_MS
-) -> Mapping[Kernel | None, float]:
-    """Milliseconds of the product by each candidate, None for cuBLASLt's own choice, at clocks that have settled."""
+) -> Mapping[Kernel, float]:
+    """Milliseconds of the product by each candidate and by cuBLASLt's own choice, at clocks that have settled."""
     inputs = ProductInputs(product, device)
-    calls: dict[Kernel | None, Callable[[], object]] = {
-        kernel: partial(inputs.run, kernel) for kernel in (None, *candidates(product)) if inputs.run(kernel)
+    calls: dict[Kernel, Callable[[], object]] = {
+        kernel: partial(inputs.run, kernel) for kernel in (OWN, *candidates(product)) if inputs.run(kernel)
     }
     return settled_milliseconds(calls, device, settle_ms, taken_ms, _HOPELESS)
 
 
-def _best(times: Mapping[Kernel | None, float]) -> Kernel | None:
+def _best(times: Mapping[Kernel, float]) -> Kernel | None:
     """None where cuBLASLt's choice is as fast as any."""
     best = min(times, key=lambda kernel: times[kernel])
-    return best if times[best] < _WORTH_IT * times[None] else None
-
-
-def words(kernel: Kernel | None) -> str:
-    """For logs, reports and benchmarks."""
-    return "cuBLASLt's choice" if kernel is None else f"cuBLASLt {kernel.tile}, {kernel.cluster}, {kernel.option}"
+    return best if times[best] < _WORTH_IT * times[OWN] else None
 
 
 def _measurable(compiler: SegmentCompiler, joined: bool) -> Mapping[str, Product]:
@@ -143,7 +138,7 @@ class ProductInputs:
             (self.x, self.x_scale), (self.weight, self.weight_scale) = map(fp8.quantize_rows, (self.x, self.weight))
 
     def run(self, kernel: Kernel | None) -> bool:
-        """Writes the product to `out`; False where cuBLASLt cannot."""
+        """Writes the product to `out`, without a `kernel` as blocks do; False where cuBLASLt cannot."""
         if self.product.fp8:
             scales = self.x_scale, self.weight, self.weight_scale
             return cublaslt.multiply(self.x, *scales, self.bias, self.out, kernel=kernel)

@@ -12,9 +12,9 @@ from torch import Tensor
 from benchmarks.products import kernel_names
 from trt_core.backends.check import relative_l2
 from trt_core.flux import cublaslt, cublaslt_kernels, fused
-from trt_core.flux.cublaslt_kernels import Kernel
+from trt_core.flux.cublaslt_kernels import OWN, Kernel
 from trt_core.flux.products import Product
-from trt_core.kernel_ranking import ProductInputs, candidates, measure, words
+from trt_core.kernel_ranking import ProductInputs, candidates, measure
 
 DEVICE, BF16 = torch.device("cuda", 0), torch.bfloat16
 AS_CLOSE = 1.01
@@ -101,12 +101,12 @@ def test_all_kernels_compute_the_same_bits(product: Product) -> None:
     """Those that a plan may choose: at least one of them can, and none splits the sums."""
     inputs, tried = ProductInputs(product, DEVICE), 0
     before = inputs.out.clone()
-    assert inputs.run(None)
+    assert inputs.run(OWN)
     expected = inputs.out.clone()
     for kernel in candidates(product):
         inputs.out.copy_(before if product.onto else torch.full_like(before, 7))
         if inputs.run(kernel):
-            assert torch.equal(inputs.out, expected), words(kernel)
+            assert torch.equal(inputs.out, expected), kernel.words()
             tried += 1
     assert tried > 0
 
@@ -115,11 +115,12 @@ def test_all_kernels_compute_the_same_bits(product: Product) -> None:
 def test_a_preferred_kernel_is_taken(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cublaslt_kernels, "_PREFERRED", {})
     inputs = ProductInputs(product, DEVICE)
-    own = kernel_names(lambda: inputs.run(None))
+    own = kernel_names(lambda: inputs.run(OWN))
     liked = next(k for k in candidates(product) if inputs.run(k) and f"_{k.tile}_" not in own[0])
     cublaslt_kernels.prefer(0, {product: liked})
     (name,) = kernel_names(lambda: inputs.run(None))
     assert f"_{liked.tile}_" in name
+    assert kernel_names(lambda: inputs.run(OWN)) == own
     cublaslt_kernels.prefer(0, {product: Kernel("280x128", "1x1", 1)})
     assert kernel_names(lambda: inputs.run(None)) == own, "a tile too large for one group of warps"
 
@@ -149,7 +150,7 @@ def test_halves_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_ranking_takes_what_settles_faster() -> None:
     product = Product(4608, 12288, 3072, gelu=True)
     times = measure(product, DEVICE, 50, 50)
-    assert None in times
+    assert OWN in times
     assert len(times) > 1
     least_ms = product.flops / 1e12
     assert all(least_ms < ms < 20 * least_ms for ms in times.values()), "faster than any Hopper GPU, or not measured"

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from trt_core.flux import cublaslt_kernels
-from trt_core.flux.cublaslt_kernels import CLUSTERS, TILES, Kernel, at_once, forget, prefer, preferred
+from trt_core.flux.cublaslt_kernels import CLUSTERS, OWN, TILES, Kernel, at_once, forget, prefer, preferred
 from trt_core.flux.products import Product
 from trt_core.flux.rows import portions, together
-from trt_core.kernel_ranking import _best, candidates, words
+from trt_core.kernel_ranking import _best, candidates
 
 PICTURE = Product(4608, 9216, 3072)
 TEXT = Product(512, 9216, 3072)
@@ -78,11 +78,11 @@ def test_rows_and_portions(most: int | None) -> None:
 @pytest.mark.parametrize("product", [PICTURE, TEXT, *OTHERS, replace(TEXT, fp8=True)])
 def test_candidates_are_kernels_with_numbers(product: Product) -> None:
     found = candidates(product)
-    assert 1 < len(found) == len(set(found)) == len(set(map(words, found)))
+    assert 1 < len(found) == len(set(found)) == len({kernel.words() for kernel in found})
     assert all(k.tile in TILES and k.cluster in CLUSTERS and 0 <= k.option < 8 for k in found)
 
 
 def test_a_kernel_is_taken_where_it_is_worth_it() -> None:
-    assert _best({None: 1.0, WIDE: 0.995, SMALL: 1.2}) is None
-    assert _best({None: 1.0, WIDE: 0.98, SMALL: 0.97}) == SMALL
-    assert _best({None: 1.0}) is None
+    assert _best({OWN: 1.0, WIDE: 0.995, SMALL: 1.2}) is None
+    assert _best({OWN: 1.0, WIDE: 0.98, SMALL: 0.97}) == SMALL
+    assert _best({OWN: 1.0}) is None

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import products
 from benchmarks.kernels import Call, gemm_work
-from benchmarks.products import FULL, OWN, PYTORCH, TINY, step_products, step_sums, ways
+from benchmarks.products import BY_CUBLASLT, FULL, PYTORCH, TINY, step_products, step_sums, ways
 from trt_core.kernel_ranking import ProductInputs
 from trt_core.measure import settled_milliseconds
 
@@ -43,10 +43,10 @@ def test_every_product_runs(fp8: bool, joined: bool) -> None:
 
 def test_sums_weigh_how_often_a_product_is_made() -> None:
     lines = [
-        {"times": 2, "ms": {PYTORCH: 3.0, OWN: 2.0, "cuBLASLt 128x128, 2x1, 1": 1.0}},
+        {"times": 2, "ms": {PYTORCH: 3.0, BY_CUBLASLT: 2.0, "cuBLASLt 128x128, 2x1, 1": 1.0}},
         {"times": 1, "ms": {PYTORCH: 5.0}},
     ]
-    assert step_sums(lines) == {PYTORCH: 11.0, OWN: 9.0, "best": 7.0}
+    assert step_sums(lines) == {PYTORCH: 11.0, BY_CUBLASLT: 9.0, "best": 7.0}
 
 
 def test_from_start_to_end(capsys: pytest.CaptureFixture[str]) -> None:

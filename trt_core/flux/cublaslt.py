@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import cublaslt_library as lt
-from .cublaslt_kernels import Kernel, preferred
+from .cublaslt_kernels import OWN, Kernel, preferred
 from .cublaslt_library import Described, Work
 from .products import Product
 
@@ -38,10 +38,10 @@ _FULL_ALIGNMENT = 256
 
 @dataclass(frozen=True, slots=True)
 class _Wish:
-    """What a kernel must take, and which one is meant: None for cuBLASLt's choice."""
+    """What a kernel must take, and which one is meant."""
 
     alignment: int
-    kernel: Kernel | None
+    kernel: Kernel
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -121,11 +121,9 @@ def _chosen(
 ) -> _Prepared | None:  # fmt: skip
     """The product with `kernel`; without one, with the preferred one where it fits, else with cuBLASLt's choice."""
     size = (product.rows, product.columns, product.width, strides)
-    if kernel is not None:
-        return _prepared(device_index, work, _Wish(alignment, kernel), *size)
-    liked = preferred(device_index, product)
-    found = None if liked is None else _prepared(device_index, work, _Wish(alignment, liked), *size)
-    return found or _prepared(device_index, work, _Wish(alignment, None), *size)
+    wanted = kernel or preferred(device_index, product) or OWN
+    found = _prepared(device_index, work, _Wish(alignment, wanted), *size)
+    return found if found or kernel else _prepared(device_index, work, _Wish(alignment, OWN), *size)
 
 
 def _enter_context(device: torch.device) -> None:
@@ -144,7 +142,7 @@ def _prepared(
     described = lt.describe(device_index, work, rows, columns, width, strides)
     algorithm = (
         lt.proposed(described, wish.alignment)
-        if wish.kernel is None
+        if wish.kernel == OWN
         else lt.named(described, wish.kernel, wish.alignment)
     )
     if algorithm is None:

@@ -28,7 +28,7 @@ _MANY_ROWS = 2048
 """From here on a product can be cut at no cost: an H200 computes 8192 and 9216 rows as fast in two halves."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Kernel:
     """The tile of the result that one thread block computes, the cluster of tiles, and cuBLASLt's custom option.
 
@@ -40,6 +40,13 @@ class Kernel:
     cluster: str
     option: int
 
+    def words(self) -> str:
+        """For logs, reports and benchmarks."""
+        return "cuBLASLt's choice" if self == OWN else f"cuBLASLt {self.tile}, {self.cluster}, {self.option}"
+
+
+OWN = Kernel("own", "own", 0)
+"""Stands for the one that cuBLASLt proposes."""
 
 _Key = tuple[int, bool, bool, bool, int, int]
 
