@@ -17,11 +17,12 @@ TILES = {
     "96x128": 28, "112x128": 165, "120x128": 171, "128x96": 33, "128x104": 402, "128x120": 404, "128x128": 20,
     "128x136": 405, "128x144": 406, "128x152": 407, "128x160": 29, "128x168": 408, "128x216": 413, "128x224": 414,
     "128x256": 23, "144x128": 184, "192x96": 458, "192x112": 460, "192x128": 31, "192x144": 463, "192x192": 209,
-    "256x96": 495, "256x144": 500, "280x128": 238, "128x192": 32, "128x288": 421,
+    "256x96": 495, "256x128": 24, "256x144": 500, "280x128": 238, "384x96": 547, "128x192": 32, "128x288": 421,
 }  # fmt: skip
 """cublasLtMatmulTile_t."""
-CLUSTERS = {"1x1": 2, "2x1": 3, "1x2": 5}
+CLUSTERS = {"1x1": 2, "2x1": 3, "4x1": 4, "1x2": 5, "2x2": 6, "4x2": 7, "1x4": 8, "2x4": 9}
 """cublasLtClusterShape_t: how many tiles share what they read."""
+OPTIONS = range(8)
 FARTHEST = 2.0
 """A kernel that was measured serves products with up to this many times the rows, or as many times fewer."""
 _MANY_ROWS = 2048
