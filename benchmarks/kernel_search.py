@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def best(found: dict[Kernel, float], count: int) -> list[Kernel]:
 
 def measured_by(inputs: ProductInputs, args: argparse.Namespace) -> Measure:
     def measure(kernels: Sequence[Kernel]) -> dict[Kernel, float]:
-        calls = {kernel: partial(inputs.run, kernel) for kernel in (OWN, *kernels) if inputs.run(kernel)}
+        calls = inputs.calls((OWN, *kernels))
         times = settled_milliseconds(calls, inputs.out.device, args.settle_ms, args.taken_ms, _HOPELESS)
         return {kernel: ms / times[OWN] for kernel, ms in times.items() if kernel != OWN}
 
@@ -78,7 +77,7 @@ def searched(name: str, product: Product, args: argparse.Namespace) -> Line:
     """The best kernels, once more, together and for longer."""
     inputs, ends = ProductInputs(product, torch.device("cuda", 0)), time.monotonic() + args.seconds
     found = search(measured_by(inputs, args), lambda: time.monotonic() < ends)
-    calls = {kernel: partial(inputs.run, kernel) for kernel in (OWN, *best(found, _SHOWN))}
+    calls = inputs.calls((OWN, *best(found, _SHOWN)))
     times = settled_milliseconds(calls, inputs.out.device, 2 * args.settle_ms, 3 * args.taken_ms)
     return {"name": name, **asdict(product), "measured": len(found),
             "ms": {kernel.words(): ms for kernel, ms in sorted(times.items(), key=lambda pair: pair[1])}}  # fmt: skip

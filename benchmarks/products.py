@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trt_core.flux import cublaslt, fused
+from trt_core.flux import cublaslt, fp8, fused
 from trt_core.flux.architecture import FluxArchitecture
 from trt_core.flux.block_products import block_products
 from trt_core.flux.catalogue import BlockKind
@@ -72,8 +72,8 @@ def large(arch: FluxArchitecture, precision: str) -> StepProduct:
 
 def by_pytorch(inputs: ProductInputs) -> None:
     if inputs.product.fp8:
-        torch._scaled_mm(inputs.x, inputs.weight.t(), scale_a=inputs.x_scale, scale_b=inputs.weight_scale.t(),
-                         bias=inputs.bias, out_dtype=inputs.out.dtype, use_fast_accum=True, out=inputs.out)  # fmt: skip
+        scales = inputs.x_scale, inputs.weight, inputs.weight_scale
+        fp8.product_by_pytorch(inputs.x, *scales, inputs.bias, inputs.out)
     else:
         fused.product_by_pytorch(inputs.x, inputs.weight, inputs.bias, inputs.out, inputs.product.gelu)
 
@@ -84,8 +84,8 @@ def ways(inputs: ProductInputs) -> dict[str, Callable[[], object]]:
     device = inputs.out.device
     if device.type != "cuda" or cublaslt.why_not(device.index):
         return found
-    kernels = [kernel for kernel in (OWN, *candidates(inputs.product)) if inputs.run(kernel)]
-    return found | {kernel.words(): partial(inputs.run, kernel) for kernel in kernels}
+    calls = inputs.calls((OWN, *candidates(inputs.product)))
+    return found | {kernel.words(): call for kernel, call in calls.items()}
 
 
 def kernel_names(call: Callable[..., object], *arguments: Tensor) -> list[str]:

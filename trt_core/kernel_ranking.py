@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -103,10 +103,7 @@ def measure(
     product: Product, device: torch.device, settle_ms: float = _SETTLE_MS, taken_ms: float = _TAKEN_MS
 ) -> Mapping[Kernel, float]:
     """Milliseconds of the product by each candidate and by cuBLASLt's own choice, at clocks that have settled."""
-    inputs = ProductInputs(product, device)
-    calls: dict[Kernel, Callable[[], object]] = {
-        kernel: partial(inputs.run, kernel) for kernel in (OWN, *candidates(product)) if inputs.run(kernel)
-    }
+    calls = ProductInputs(product, device).calls((OWN, *candidates(product)))
     return settled_milliseconds(calls, device, settle_ms, taken_ms, _HOPELESS)
 
 
@@ -136,6 +133,10 @@ class ProductInputs:
         self.out = _normal(product.rows, product.columns, device)
         if product.fp8:
             (self.x, self.x_scale), (self.weight, self.weight_scale) = map(fp8.quantize_rows, (self.x, self.weight))
+
+    def calls(self, kernels: Iterable[Kernel]) -> dict[Kernel, Callable[[], object]]:
+        """`run` with each of the kernels that can compute this product; each has run once."""
+        return {kernel: partial(self.run, kernel) for kernel in kernels if self.run(kernel)}
 
     def run(self, kernel: Kernel | None) -> bool:
         """Writes the product to `out`, without a `kernel` as blocks do; False where cuBLASLt cannot."""

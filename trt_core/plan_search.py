@@ -210,7 +210,7 @@ class PlanSearch:
         """Before anything is compiled or measured: blocks are timed with the kernels that they will have."""
         self.kernels = kernels
         if kernels:
-            prefer(torch.device(self.compiler.device).index or 0, {choice.product: choice.kernel for choice in kernels})
+            prefer(self.compiler.device.index or 0, {choice.product: choice.kernel for choice in kernels})
 
     def _processes(self) -> int:
         return 1 if self.config.backend is Backend.AUTO else _BUILDER_PROCESSES

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trt_core.flux import cublaslt_kernels
-from trt_core.flux.cublaslt_kernels import CLUSTERS, OWN, TILES, Kernel, at_once, forget, prefer, preferred
+from trt_core.flux.cublaslt_kernels import CLUSTERS, OWN, TILES, Kernel, at_once, prefer, preferred
 from trt_core.flux.products import Product
 from trt_core.flux.rows import portions, together
 from trt_core.kernel_ranking import _best, candidates
@@ -26,7 +26,7 @@ def _no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cublaslt_kernels, "_PREFERRED", {})
 
 
-def test_the_kernel_that_was_measured_nearest() -> None:
+def test_the_kernel_that_was_measured_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert preferred(0, PICTURE) is None
     prefer(0, {PICTURE: WIDE, TEXT: SMALL})
     assert preferred(0, PICTURE) == WIDE
@@ -36,7 +36,7 @@ def test_the_kernel_that_was_measured_nearest() -> None:
     assert preferred(1, PICTURE) is None, "another GPU"
     prefer(0, {PICTURE: SMALL})
     assert preferred(0, PICTURE) == SMALL, "measured again"
-    forget()
+    monkeypatch.setattr(cublaslt_kernels, "_PREFERRED", {})
     assert preferred(0, PICTURE) is None
 
 

@@ -113,7 +113,7 @@ def test_kernels_of_products_are_taken_when_the_plan_is_searched_and_when_it_is_
     assert (asked, seen) == ([Attention.AUTO], [kernel]), "before blocks are compiled and measured"
     assert plan.kernels == (KernelChoice(product, kernel),)
     assert measured[0] in plan.measurements
-    cublaslt_kernels.forget()
+    monkeypatch.setattr(cublaslt_kernels, "_PREFERRED", {})
     monkeypatch.setattr(plan_search, "rank_kernels", None)
     assert search(tmp_path, Backend.INDUCTOR).run()[0] == plan
     assert preferred(0, product) == kernel

@@ -23,7 +23,7 @@ TILES = {
 CLUSTERS = {"1x1": 2, "2x1": 3, "4x1": 4, "1x2": 5, "2x2": 6, "4x2": 7, "1x4": 8, "2x4": 9}
 """cublasLtClusterShape_t: how many tiles share what they read."""
 OPTIONS = range(8)
-FARTHEST = 2.0
+_FARTHEST = 2.0
 """A kernel that was measured serves products with up to this many times the rows, or as many times fewer."""
 _MANY_ROWS = 2048
 """From here on a product can be cut at no cost: an H200 computes 8192 and 9216 rows as fast in two halves."""
@@ -62,17 +62,11 @@ def prefer(device_index: int, kernels: Mapping[Product, Kernel]) -> None:
             _PREFERRED.setdefault(_key(device_index, product), {})[product.rows] = kernel
 
 
-def forget() -> None:
-    """cuBLASLt's own choices from now on."""
-    with _LOCK:
-        _PREFERRED.clear()
-
-
 def preferred(device_index: int, product: Product) -> Kernel | None:
     """The kernel of the product that was measured with the most similar number of rows, or None."""
     known = _PREFERRED.get(_key(device_index, product), {})
     nearest = _nearest(known, product.rows)
-    return known[nearest] if nearest and _times(nearest, product.rows) <= FARTHEST else None
+    return known[nearest] if nearest and _times(nearest, product.rows) <= _FARTHEST else None
 
 
 def at_once(device_index: int, product: Product) -> int | None:
